@@ -1,0 +1,277 @@
+"""What makes a recipe impossible or dangerous to run, found before any worker starts. Torch-free."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from braceexpand import braceexpand
+
+from cmpt.recipe.durations import parse_duration
+from cmpt.recipe.paths import is_local, resolve_path
+from cmpt.recipe.phases import PHASE_KEYS, apply_phase
+from cmpt.recipe.schema import Recipe
+from cmpt.recipe.typed import fault_line, nearest_choice, plain
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
+
+# Dotted key -> the condition that its value, or each of its values, meets; null passes where the schema allows it.
+RANGES = {
+    "run.seed": ">= 0",
+    "run.keep_checkpoints": ">= 1",
+    "data.streams": ">= 1",
+    "data.workers": ">= 1",
+    "data.prefetch_batches": ">= 1",
+    "data.max_image_pixels": ">= 1",
+    "image.size": ">= 1",
+    "image.crop_scale": "> 0 and <= 1",
+    "image.crop_ratio": "> 0",
+    "image.mean": ">= 0 and <= 1",
+    "image.std": "> 0",
+    "model.patch_size": ">= 1",
+    "model.embed_dim": ">= 1",
+    "model.vision.width": ">= 1",
+    "model.vision.layers": ">= 1",
+    "model.vision.heads": ">= 1",
+    "model.vision.mlp_ratio": "> 0",
+    "model.text.width": ">= 1",
+    "model.text.layers": ">= 1",
+    "model.text.heads": ">= 1",
+    "model.text.mlp_ratio": "> 0",
+    "model.context_length": ">= 3",  # start, one token, end
+    "model.vocab_size": ">= 3",
+    "model.temperature_init": "> 0",
+    "model.logit_scale_max": "> 0",
+    "masking.ratio": ">= 0 and < 1",
+    "masking.anchor_ratio": "> 0 and < 1",
+    "masking.min_ratio": ">= 0 and < 1",
+    "masking.threshold": ">= -1 and <= 1",  # a Pearson correlation
+    "optimizer.lr": "> 0",
+    "optimizer.min_lr": ">= 0",
+    "optimizer.betas": ">= 0 and < 1",
+    "optimizer.eps": "> 0",
+    "optimizer.weight_decay": ">= 0",
+    "optimizer.clip_norm": "> 0",
+    "loss.chunk_rows": ">= 1",
+    "engine.batch_size": ">= 2",  # a contrast needs two pairs
+    "engine.zero_stage": ">= 0 and <= 3",
+    "evaluation.batch_size": ">= 1",
+}
+CHOICES = {
+    "tokenizer.kind": ("sentencepiece", "clip_bpe"),
+    "data.caption_extension": ("txt", "json"),
+    "masking.strategy": ("cluster", "random", "none"),
+    "loss.kind": ("infonce",),
+    "engine.precision": ("bf16", "fp32"),
+}
+DURATIONS = ("run.duration", "run.log_every", "run.checkpoint_every", "run.stop_after", "evaluation.every")
+MODEL_SIZES = (
+    "model.patch_size",
+    "model.embed_dim",
+    *(f"model.{tower}.{name}" for tower in ("vision", "text") for name in ("width", "layers", "heads")),
+)
+
+
+class _Checker:
+    def __init__(self, recipe: Recipe, world_size: int, origins: Mapping[str, str]) -> None:
+        self.recipe = recipe
+        self.world_size = world_size
+        self.origins = origins
+        self.scope = ""  # of what is checked now: " in phase ...", or "" for the recipe as a whole
+        self.faults: dict[str, None] = {}  # in order, each once
+
+    def fault(self, key: str, value: Any, constraint: str) -> None:
+        owner = key
+        while owner not in self.origins and "." in owner:
+            owner = owner.rpartition(".")[0]
+        origin = self.origins.get(owner, "")
+        if fault_line(key, plain(value), constraint, origin) not in self.faults:
+            self.faults[fault_line(key, plain(value), constraint + self.scope, origin)] = None
+
+    def require(self, holds: bool, key: str, value: Any, constraint: str) -> None:
+        if not holds:
+            self.fault(key, value, constraint)
+
+    def fields(self, recipe: Recipe, rename: Callable[[str], str], only: tuple[str, ...] | None = None) -> None:
+        """Ranges, names and durations of single fields, and what must fit within one phase."""
+        for key, condition in RANGES.items():
+            value = _get(recipe, key)
+            if (only is None or key in only) and value is not None and not _meets(value, condition):
+                self.fault(rename(key), value, f"must be {condition}")
+        for key, choices in CHOICES.items():
+            if (only is None or key in only) and _get(recipe, key) not in choices:
+                self.fault(rename(key), _get(recipe, key), nearest_choice(_get(recipe, key), choices))
+        self.duration(rename("optimizer.warmup"), recipe.optimizer.warmup, zero_allowed=True)
+        masking, image, optimizer, patch = recipe.masking, recipe.image, recipe.optimizer, recipe.model.patch_size
+        if masking.strategy == "cluster":
+            constraint = f"must be <= masking.ratio = {masking.ratio}"
+            self.require(masking.min_ratio <= masking.ratio, rename("masking.min_ratio"), masking.min_ratio, constraint)
+        if patch and image.size > 0:
+            constraint = f"must be a multiple of model.patch_size = {patch}"
+            self.require(image.size % patch == 0, rename("image.size"), image.size, constraint)
+        low_high = (("image.crop_scale", image.crop_scale), ("image.crop_ratio", image.crop_ratio))
+        for key, (low, high) in low_high:
+            self.require(low <= high, rename(key), (low, high), "the first must be <= the second")
+        constraint = f"must be <= optimizer.lr = {optimizer.lr}"
+        self.require(not optimizer.min_lr > optimizer.lr, rename("optimizer.min_lr"), optimizer.min_lr, constraint)
+
+    def duration(self, key: str, text: str | None, zero_allowed: bool = False) -> None:
+        if text is None:
+            return
+        try:
+            amount = parse_duration(text).amount
+        except ValueError as error:
+            self.fault(key, text, str(error))
+            return
+        self.require(zero_allowed or amount > 0, key, text, "must be above 0")
+
+    def run(self) -> None:
+        run, listed = self.recipe.run, self.recipe.phases
+        for key in DURATIONS:
+            self.duration(key, _get(self.recipe, key))
+        if listed:
+            self.require(run.duration is None, "run.duration", run.duration, "must be null where phases are given")
+        else:
+            self.require(run.duration is not None, "run.duration", None, "must be given where there are no phases")
+        parts = re.split(r"[/\\]", run.name)
+        safe = all(re.fullmatch(r"[\w.+=@-]+", part) and part not in (".", "..") for part in parts)
+        self.require(safe, "run.name", run.name, "must be a plain folder name of letters, digits and . _ + = @ -")
+        self.require(run.folder != "", "run.folder", run.folder, "must not be empty")
+
+    def phases(self) -> None:
+        names: set[str] = set()
+        for index, phase in enumerate(self.recipe.phases):
+            key = f"phases.{index}"
+            self.duration(f"{key}.duration", phase.duration)
+            unique = not phase.name or phase.name not in names
+            self.require(unique, f"{key}.name", phase.name, "must differ from the names of the other phases")
+            names.add(phase.name)
+            masking, image, optimizer = apply_phase(self.recipe, phase, f"{key}.set", self.fault)
+            in_phase = replace(self.recipe, masking=masking, image=image, optimizer=optimizer)
+            prefixes = {name: f"{key}.set.{name}" for name in phase.set}
+            self.scope = f' in phase "{phase.name or index + 1}"'
+            self.fields(in_phase, lambda name, prefixes=prefixes: prefixes.get(name, name), PHASE_KEYS)  # type: ignore[misc]
+            self.scope = ""
+
+    def model(self) -> None:
+        model = self.recipe.model
+        for key in MODEL_SIZES:
+            self.require(_get(self.recipe, key) is not None, key, None, "must be given, or a model.preset that has it")
+        for name, tower in (("vision", model.vision), ("text", model.text)):
+            if tower.width and tower.heads and tower.heads > 0:
+                constraint = f"must divide model.{name}.width = {tower.width}"
+                self.require(tower.width % tower.heads == 0, f"model.{name}.heads", tower.heads, constraint)
+        if model.temperature_init > 0:
+            constraint = f"1 / this must be <= model.logit_scale_max = {model.logit_scale_max}"
+            fits = 1 / model.temperature_init <= model.logit_scale_max * (1 + 1e-9)
+            self.require(fits, "model.temperature_init", model.temperature_init, constraint)
+
+    def split(self) -> None:
+        streams, batch_size, world_size = self.recipe.data.streams, self.recipe.engine.batch_size, self.world_size
+        if streams < 1:
+            return  # reported as a range
+        constraint = f"must be a multiple of data.streams = {streams}"
+        self.require(batch_size % streams == 0, "engine.batch_size", batch_size, constraint)
+        constraint = f"must be a multiple of the number of processes = {world_size}"
+        self.require(streams % world_size == 0, "data.streams", streams, constraint)
+
+    def data(self) -> None:
+        data, tokenizer, evaluation = self.recipe.data, self.recipe.tokenizer, self.recipe.evaluation
+        if not any(source.urls for source in data.train):
+            self.fault("data.train", data.train, "must name at least one shard of training pairs")
+        for index, source in enumerate(data.train):
+            key = f"data.train.{index}"
+            self.require(_meets(source.weight, "> 0"), f"{key}.weight", source.weight, "must be > 0")
+            self.require(bool(source.urls), f"{key}.urls", source.urls, "must not be empty")
+            self.shards(f"{key}.urls", source.urls)
+        self.shards("data.heldout", data.heldout)
+        extensions = data.image_extensions
+        self.require(bool(extensions), "data.image_extensions", extensions, "must not be empty")
+        for extension in extensions:
+            self.require(extension[:1] != ".", "data.image_extensions", extension, "must not begin with a dot")
+        if data.caption_extension == "json":
+            self.require(data.caption_field != "", "data.caption_field", "", "must not be empty")
+        if tokenizer.path is not None:
+            missing = is_local(tokenizer.path) and not os.path.isfile(resolve_path(tokenizer.path))
+            self.require(not missing, "tokenizer.path", tokenizer.path, "no such file")
+        elif tokenizer.kind == "sentencepiece":
+            self.fault("tokenizer.path", None, "must name the .model file of the sentencepiece tokenizer")
+        elif tokenizer.kind == "clip_bpe" and find_spec("open_clip") is None:
+            constraint = "must name CLIP's bpe_simple_vocab_16e6.txt.gz; null needs open_clip_torch, not installed here"
+            self.fault("tokenizer.path", None, constraint)
+        for prompt in evaluation.prompts:
+            self.require(_is_template(prompt), "evaluation.prompts", prompt, "must hold {}, the place of the category")
+        if data.category_field is not None:
+            self.require(bool(evaluation.prompts), "evaluation.prompts", [], "must not be empty with a category_field")
+
+    def shards(self, key: str, urls: list[str]) -> None:
+        """Local shards exist; the folders are listed once, which is quicker than a look at each of many shards."""
+        for url in urls:
+            try:
+                shards = list(braceexpand(url))
+            except ValueError:
+                self.fault(key, url, "has unbalanced braces")
+                continue
+            remote = [shard for shard in shards if not is_local(shard)]
+            if remote:
+                self.fault(key, url, f"remote shards are not supported yet: {remote[0]}")
+                continue
+            paths = [resolve_path(shard) for shard in shards]
+            folders: dict[str, set[str]] = {}
+            for folder in {os.path.dirname(path) for path in paths}:
+                folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+            missing = [path for path in paths if os.path.basename(path) not in folders[os.path.dirname(path)]]
+            if missing:
+                first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+                counted = f"{len(missing)} of {len(shards)} shards do not exist" if len(shards) > 1 else "no such file"
+                hint = f"; give your own: {key}=[...]" if len(missing) == len(shards) else ""
+                self.fault(key, url, f"{counted}: {first}{hint}")
+
+
+def check_recipe(recipe: Recipe, world_size: int = 1, origins: Mapping[str, str] | None = None) -> list[str]:
+    """Faults of a typed recipe that `world_size` processes are to run, one line each; empty: it can run.
+
+    `origins` (of `load_recipe`), where given, adds to each line where the value came from.
+    """
+    checker = _Checker(recipe, world_size, origins or {})
+    checker.run()
+    checker.fields(recipe, lambda key: key)
+    checker.phases()
+    checker.model()
+    checker.split()
+    checker.data()
+    return list(checker.faults)
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _is_template(prompt: str) -> bool:
+    """Whether `prompt.format(category)` works and has the category in it."""
+    try:
+        return prompt.format("cat") != prompt.format("dog")
+    except (ValueError, LookupError):
+        return False
+
+
+def _meets(value: Any, condition: str) -> bool:
+    values = value if isinstance(value, tuple | list) else [value]
+    bounds = [bound.split() for bound in condition.split(" and ")]
+    return all(
+        math.isfinite(item) and all(_HOLDS[sign](item, float(bound)) for sign, bound in bounds) for item in values
+    )

@@ -1,0 +1,219 @@
+"""The whole recipe as dataclasses: every field with its meaning, its unit and, where it has one, its source.
+
+This file imports nothing but the standard library, so a recipe can be read, checked and planned without torch.
+`None` where a field allows it means "not set": what then happens stands beside the field. Defaults here are neutral;
+`recipes/base.yaml` is what every shipped recipe extends.
+
+Durations are strings with a unit: "32 epochs", "2000 steps", "12.8e9 samples" (see `recipe/durations.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Run:
+    name: str = "run"
+    """Name of the run; its folder is `folder/name`."""
+    folder: str = "runs"
+    """Where run folders live."""
+    seed: int = 0
+    """Seed of the initial weights and of every random decision about samples (ops/random.py)."""
+    overwrite: bool = False
+    """Delete an existing run folder of this name and start over; otherwise a second start resumes."""
+    duration: str | None = None
+    """How long to train, e.g. "32 epochs". Exactly one of this and `phases` is set."""
+    log_every: str = "10 steps"
+    """How often a row goes to metrics.jsonl, TensorBoard and the console."""
+    checkpoint_every: str = "500 steps"
+    """How often a checkpoint is written; one is always written at the end and on SIGTERM or SIGINT."""
+    keep_checkpoints: int = 3
+    """Older checkpoints than this many are deleted. At least 1."""
+    stop_after: str | None = None
+    """End cleanly, with a checkpoint, when the run has come this far; the schedule still aims at `duration`."""
+
+
+@dataclass
+class Source:
+    urls: list[str] = field(default_factory=list)
+    """Shards: paths or URLs with brace expansion, e.g. "data/cc12m/{00000..01242}.tar"."""
+    weight: float = 1.0
+    """Relative share of the slots of a batch that this source fills. Above 0."""
+
+
+@dataclass
+class Tokenizer:
+    kind: str = "sentencepiece"
+    """"sentencepiece" (a .model file) or "clip_bpe" (CLIP's byte-pair merges)."""
+    path: str | None = None
+    """The sentencepiece .model file, or CLIP's bpe_simple_vocab_16e6.txt.gz; null with clip_bpe: taken from an
+    installed open_clip_torch."""
+
+
+@dataclass
+class Data:
+    train: list[Source] = field(default_factory=list)
+    """Where training pairs come from."""
+    heldout: list[str] = field(default_factory=list)
+    """Shards of held-out pairs for the evaluation during the run; empty: no evaluation."""
+    image_extensions: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    """Members of a sample that can be its image, in order of preference."""
+    caption_extension: str = "txt"
+    """Member that holds the caption: "txt", or "json"."""
+    caption_field: str = "caption"
+    """With "json": the field that holds the caption, or a list of captions of which one is drawn per visit."""
+    category_field: str | None = None
+    """JSON field with the category of a held-out pair, for zero-shot classification; null: none."""
+    streams: int = 8
+    """Virtual streams S. Divides the global batch; every world size that divides S gives the same run (design: order
+    of samples)."""
+    cache_folder: str = "~/.cache/cmpt"
+    """Shard indexes live here."""
+    workers: int = 2
+    """Threads per process that read, decode and tokenize."""
+    prefetch_batches: int = 4
+    """Finished batches that wait ahead of the step, per process. At least 1."""
+    max_image_pixels: int = 100_000_000
+    """An image whose header promises more pixels is rejected before memory is taken (decompression bomb)."""
+
+
+@dataclass
+class Image:
+    size: int = 224
+    """Side of the square training image in pixels; a multiple of the patch size. The position table has this grid;
+    a phase with another size interpolates it. Evaluation is always at this size."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Share of the image area that a training crop keeps, drawn uniformly (paper, section 4.1)."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio of a training crop, drawn log-uniformly."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Per-channel mean of pixel values in 0 … 1 (CLIP)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Per-channel deviation of pixel values in 0 … 1 (CLIP)."""
+
+
+@dataclass
+class Tower:
+    width: int | None = None
+    """Channels D of the residual stream."""
+    layers: int | None = None
+    """Transformer blocks."""
+    heads: int | None = None
+    """Attention heads; divides the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward part, as a multiple of the width."""
+
+
+@dataclass
+class Model:
+    preset: str | None = None
+    """A named size from recipe/presets.py, e.g. "ViT-B-16"; fills what is left null below. Null: all is given."""
+    patch_size: int | None = None
+    """Side of a square patch in pixels."""
+    embed_dim: int | None = None
+    """Width E of the joint embedding."""
+    vision: Tower = field(default_factory=Tower)
+    text: Tower = field(default_factory=Tower)
+    context_length: int = 77
+    """Most tokens of a caption, end-of-text included; longer ones are cut before it."""
+    vocab_size: int | None = None
+    """Rows of the token embedding; null: the tokenizer's size."""
+    quick_gelu: bool = False
+    """x * sigmoid(1.702 x), as OpenAI's weights need, instead of the exact GELU."""
+    temperature_init: float = 0.07
+    """Initial temperature; logit_scale starts at ln(1 / this) (CLIP, section 2.5)."""
+    logit_scale_max: float = 100.0
+    """exp(logit_scale) is held at or below this (CLIP, section 2.5)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class Masking:
+    strategy: str = "cluster"
+    """"cluster" (arXiv 2405.08815), "random" (FLIP, arXiv 2212.00794) or "none"."""
+    ratio: float = 0.5
+    """Share of patches to hide: exact per image for "random", the global mean for "cluster"."""
+    anchor_ratio: float = 0.03
+    """cluster: anchors per image as a share of its patches (paper: under 5 %); at least one."""
+    min_ratio: float = 0.3
+    """cluster: β, the least share that is hidden of every image, topped up by uniform random drops; <= ratio."""
+    threshold: float | None = None
+    """cluster: a fixed similarity threshold; null: the controller holds the mean ratio at `ratio`."""
+
+
+@dataclass
+class Optimizer:
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup: str = "2000 steps"
+    """Linear warm-up from 0, then cosine; both by samples seen."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    """Decoupled decay; not on gains, biases and the temperature."""
+    clip_norm: float | None = None
+    """Global gradient norm is cut to this; null: no clipping."""
+
+
+@dataclass
+class Loss:
+    kind: str = "infonce"
+    """"infonce" (CLIP)."""
+    chunk_rows: int = 1024
+    """Rows of the logit matrix that exist at one time; memory of the loss is chunk_rows x global batch."""
+
+
+@dataclass
+class Engine:
+    batch_size: int = 256
+    """Global batch G in samples, over all ranks."""
+    precision: str = "bf16"
+    """"bf16" (activations and products; parameters and optimizer stay fp32) or "fp32"."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 0 … 3."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Passed through into the DeepSpeed configuration, over what cmpt sets."""
+
+
+@dataclass
+class Evaluation:
+    every: str | None = None
+    """How often the held-out pairs are evaluated during the run; at the end always; null: only at the end."""
+    batch_size: int = 128
+    """Samples per rank and forward pass."""
+    prompts: list[str] = field(default_factory=lambda: ["a picture of {}", "{}"])
+    """Templates for zero-shot classification; the class embedding is the mean over them."""
+
+
+@dataclass
+class Phase:
+    name: str = ""
+    """Appears in logs and metrics."""
+    duration: str = ""
+    """How long this phase lasts; warm-up and cosine are those of the phase."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Dotted overrides that hold during the phase; only masking.*, image.size, image.crop_scale, optimizer.lr,
+    optimizer.min_lr, optimizer.warmup."""
+
+
+@dataclass
+class Recipe:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    image: Image = field(default_factory=Image)
+    model: Model = field(default_factory=Model)
+    masking: Masking = field(default_factory=Masking)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    loss: Loss = field(default_factory=Loss)
+    engine: Engine = field(default_factory=Engine)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    phases: list[Phase] = field(default_factory=list)
+    """Phases in order, each with its own duration; empty: one phase of `run.duration`."""
