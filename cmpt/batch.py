@@ -1,0 +1,84 @@
+"""The frozen records that travel between parts, and the shape legend of the whole project.
+
+Shape suffixes (a trailing capital per axis):
+
+    B  samples on this rank             G  samples of the global batch (all ranks)
+    L  patches per image                T  kept patches of all images of this rank
+    U  text tokens of all captions      P  values per patch (patch * patch * 3, channel-major)
+    C  colour channels, H W  pixels     D  width of a tower, N heads, E width of the joint embedding
+    K  anchors per image                S  streams
+
+`image_BE` is therefore one joint embedding per sample of this rank, `patches_TP` the kept patches of all
+images on this rank, one after the other, with no padding between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One sample that could not be used: why, and which."""
+
+    cause: str  # a fixed vocabulary, see data/validate.py: "missing_image", "broken_image", "empty_caption", ...
+    key: str  # "shard.tar/sample-key"
+    detail: str = ""  # what the decoder or the check said
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Captions of this rank, one after the other, no padding.
+
+    `lengths` is a host list, so that making an attention mask never reads from the device.
+    """
+
+    ids_U: Tensor  # int64; every caption ends with the end-of-text token
+    position_U: Tensor  # int64; 0 … length-1 within its own caption
+    lengths: list[int]  # tokens of the i-th packed caption, longest first
+    order_B: Tensor  # int64; the i-th packed caption belongs to batch row order_B[i]
+
+    def to(self, device: torch.device) -> PackedText:
+        ids, position, order = (t.to(device, non_blocking=True) for t in (self.ids_U, self.position_U, self.order_B))
+        return PackedText(ids, position, self.lengths, order)
+
+
+@dataclass(frozen=True)
+class PackedPatches:
+    """Kept patches of this rank, one image after the other, no padding; dropped patches are not here."""
+
+    patches_TP: Tensor  # float32 (or bf16), CLIP-normalised pixel values, channel-major within a patch
+    position_T: Tensor  # int64; raster position of the patch in its image, 0 … L-1
+    lengths: list[int]  # kept patches of the i-th packed image, longest first; sums to T
+    order_B: Tensor  # int64; the i-th packed image belongs to batch row order_B[i]
+    grid: tuple[int, int]  # patches per column, patches per row (height, width); L = product
+
+
+@dataclass(frozen=True)
+class ImageTextBatch:
+    """What the loader yields: the local rows of one global batch, decoded and tokenised.
+
+    Row b of this rank is slot `ordinal_B[b]` of the run: step * G + position in the global batch. All randomness
+    of a sample is keyed by that number, so it does not depend on the world size.
+    """
+
+    images_BCHW: Tensor  # uint8
+    text: PackedText
+    ordinal_B: Tensor  # int64
+    valid_B: Tensor  # bool; False is a hole: validated bytes that the decoder refused afterwards
+    keys: list[str]  # "shard.tar/sample-key" of every row
+    stream_digests: list[bytes]  # 16 bytes per stream of this rank, over its sample ids in order
+    rejections: list[Rejection] = field(default_factory=list)  # met on the way to this batch, this rank's streams
+
+    def to(self, device: torch.device) -> ImageTextBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            images_BCHW=self.images_BCHW.to(device, non_blocking=True),
+            text=self.text.to(device),
+            ordinal_B=self.ordinal_B.to(device, non_blocking=True),
+            valid_B=self.valid_B.to(device, non_blocking=True),
+        )
