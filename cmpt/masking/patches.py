@@ -1,0 +1,57 @@
+"""From uint8 images to patches, and from a keep mask to one packed sequence without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cmpt.batch import PackedPatches
+
+
+def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, P], raster order of patches, P = C * p * p channel-major; any dtype, values unchanged.
+
+    The order within a patch is that of a convolution's weight [D, C, p, p], so a patch embedding exports as one.
+    Raises ValueError if a side is not a multiple of the patch size.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width}: each side must be a multiple of model.patch_size={patch_size}")
+    rows, columns = height // patch_size, width // patch_size
+    grid = images_BCHW.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def standardise(patches_BLP: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 pixel values -> float32, (value / 255 - mean) / std per channel; same shape, channel-major last axis."""
+    channels = len(mean)
+    per_channel = patches_BLP.shape[-1] // channels
+    device = patches_BLP.device
+    scale_P = (1 / (255 * torch.tensor(std, dtype=torch.float32))).repeat_interleave(per_channel).to(device)
+    shift_P = (-torch.tensor(mean) / torch.tensor(std)).float().repeat_interleave(per_channel).to(device)
+    return torch.addcmul(shift_P, patches_BLP.float(), scale_P)
+
+
+def pack(patches_BLP: Tensor, keep_BL: Tensor, grid: tuple[int, int]) -> PackedPatches:
+    """Kept patches of all images in one sequence, longest image first, no padding.
+
+    Longest first puts images of equal length side by side, which packed attention on a CPU handles in one call, and
+    balances the tail on a GPU. Rows that keep nothing (holes) do not appear: `order_B` then has fewer rows than B.
+    """
+    kept_B = keep_BL.sum(dim=1)
+    order_B = kept_B.argsort(descending=True, stable=True)
+    order_B = order_B[: int((kept_B > 0).sum())]
+    if torch.equal(order_B, torch.arange(len(keep_BL), device=order_B.device)):
+        rows, columns = keep_BL.nonzero(as_tuple=True)
+    else:
+        rows, columns = keep_BL[order_B].nonzero(as_tuple=True)
+        rows = order_B[rows]
+    return PackedPatches(
+        patches_TP=patches_BLP.reshape(-1, patches_BLP.shape[-1])[rows * patches_BLP.shape[1] + columns],
+        position_T=columns,
+        lengths=kept_B[order_B].tolist(),
+        order_B=order_B,
+        grid=grid,
+    )

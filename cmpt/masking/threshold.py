@@ -1,0 +1,67 @@
+"""The controller that holds the mean mask ratio of the global batch at its target.
+
+The first batch settles the threshold by bisection on the global batch; from then on an integral controller follows
+slow drift: threshold += gain * (ratio - target). The gain is a tenth of what would correct an error at once, measured
+on the first batch, so the loop is overdamped and does not oscillate. The mean error over n steps is the threshold's
+net movement / (n * gain), hence goes to zero as 1/n. Everything is computed from counts summed over ranks, so the
+threshold is the same at every world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmpt.masking.cluster import hidden_counts
+
+_GRID = 64  # thresholds tried at one time; three rounds give 2 / 64**3 = 8e-6
+_ROUNDS = 3
+_SHARE_OF_ERROR = 0.1
+_SLOPE_STEP = 0.02
+_LEAST_SLOPE = 0.1  # mask ratio per unit of threshold; photographs have 0.5 to 2
+
+
+@dataclass
+class ThresholdController:
+    """State: `threshold` (cosine, -1 … 1; None before the first batch) and `gain` (threshold per unit of ratio)."""
+
+    target: float
+    min_ratio: float
+    threshold: float | None = None
+    gain: float = 0.0
+
+    def calibrate(self, similarity_BL: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Set threshold and gain from the first batch; every rank calls it with its own images."""
+
+        def ratios(thresholds: list[float]) -> list[float]:
+            counts = [hidden_counts(similarity_BL, t, self.min_ratio).sum() for t in thresholds]
+            total = torch.tensor(similarity_BL.numel(), device=similarity_BL.device)
+            *hidden, patches = sum_over_ranks(torch.stack([*counts, total]).cpu()).tolist()
+            return [h / max(patches, 1) for h in hidden]
+
+        low, high = -1.0, 1.0  # the ratio falls as the threshold rises
+        for _ in range(_ROUNDS):
+            step = (high - low) / _GRID
+            grid = [low + step * i for i in range(_GRID + 1)]
+            above = [t for t, ratio in zip(grid, ratios(grid), strict=True) if ratio > self.target]
+            low = above[-1] if above else low
+            high = min(low + step, 1.0)
+        threshold = (low + high) / 2
+        more, fewer = ratios([threshold - _SLOPE_STEP, threshold + _SLOPE_STEP])
+        slope = (more - fewer) / (2 * _SLOPE_STEP)
+        self.threshold = threshold
+        self.gain = _SHARE_OF_ERROR / max(slope, _LEAST_SLOPE)
+
+    def update(self, ratio: float) -> None:
+        """Follow the mean mask ratio of the global batch that was just masked."""
+        assert self.threshold is not None
+        self.threshold = min(max(self.threshold + self.gain * (ratio - self.target), -1.0), 1.0)
+
+    def state(self) -> dict[str, float | None]:
+        return {"threshold": self.threshold, "gain": self.gain}
+
+    def load(self, state: dict[str, float | None]) -> None:
+        self.threshold, self.gain = state["threshold"], state["gain"] or 0.0
