@@ -1,0 +1,53 @@
+"""Floating-point operations of a step, counted from the tokens that were really processed.
+
+A multiply-add is two operations; matrix products only (norms, activations and softmax are left out, as is usual).
+Attention counts length**2 per sequence for the vision tower and, for the causal text tower too: that is what the
+published figures do and what the kernels mostly execute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cmpt.recipe.schema import Model, Tower
+
+
+def tower_flops(tower: Tower, lengths: Sequence[int]) -> float:
+    """Forward FLOPs of the blocks over packed sequences of these lengths (tokens, class token included)."""
+    assert tower.width and tower.layers
+    tokens, squares = sum(lengths), sum(length * length for length in lengths)
+    hidden = int(tower.width * tower.mlp_ratio)
+    weights = 4 * tower.width * tower.width + 2 * tower.width * hidden
+    return 2.0 * tower.layers * (tokens * weights + 2 * squares * tower.width)
+
+
+def forward_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequence[int]) -> float:
+    """Forward FLOPs of both towers. `image_lengths` are kept patches per image, without the class token."""
+    assert model.patch_size and model.embed_dim and model.vision.width and model.text.width
+    patch_values = 3 * model.patch_size**2
+    image = tower_flops(model.vision, [length + 1 for length in image_lengths])
+    image += 2.0 * sum(image_lengths) * patch_values * model.vision.width
+    image += 2.0 * len(image_lengths) * model.vision.width * model.embed_dim
+    text = tower_flops(model.text, text_lengths)
+    text += 2.0 * len(text_lengths) * model.text.width * model.embed_dim
+    return image + text
+
+
+def training_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequence[int], global_batch: int) -> float:
+    """FLOPs of one training step of these samples: forward, twice that backward, recomputed blocks, and the loss.
+
+    `global_batch`: columns of the logit matrix; each of the two directions is one product forward, two backward.
+    """
+    assert model.embed_dim
+    total = 3 * forward_flops(model, image_lengths, text_lengths)
+    if model.activation_checkpointing:
+        total += tower_flops(model.vision, [n + 1 for n in image_lengths]) + tower_flops(model.text, text_lengths)
+    return total + 2 * 3 * 2.0 * len(text_lengths) * global_batch * model.embed_dim
+
+
+# Dense bf16 peak in FLOP/s by a part of the device's name (NVIDIA data sheets); None elsewhere: MFU is then unknown.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

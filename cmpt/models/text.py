@@ -1,0 +1,38 @@
+"""The packed text tower: a causal transformer over caption tokens, pooled at the end of text."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmpt.batch import PackedText
+from cmpt.models.transformer import LayerNorm, Linear, Transformer
+from cmpt.recipe.schema import Model
+
+
+class TextTower(nn.Module):
+    """Caption tokens -> one embedding per caption.
+
+    Causal attention makes the last token, end-of-text, the only one that has seen the whole caption; and it makes
+    padding pointless: what open_clip computes at the end-of-text position of a padded caption is this, exactly.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        tower = model.text
+        assert model.vocab_size and model.embed_dim and tower.width
+        self.token_embedding = nn.Embedding(model.vocab_size, tower.width)
+        self.positional_embedding = nn.Parameter(torch.empty(model.context_length, tower.width))
+        self.transformer = Transformer(
+            tower, causal=True, quick=model.quick_gelu, recompute=model.activation_checkpointing
+        )
+        self.ln_final = LayerNorm(tower.width)
+        self.proj = Linear(tower.width, model.embed_dim, bias=False)
+
+    def forward(self, text: PackedText, dtype: torch.dtype) -> Tensor:
+        """One embedding per packed caption [sequences, E], in packed order, not normalised."""
+        x_UD = self.token_embedding(text.ids_U) + F.embedding(text.position_U, self.positional_embedding)
+        x_UD = self.transformer(x_UD.to(dtype), text.lengths)
+        end_rows = torch.cumsum(torch.tensor(text.lengths, dtype=torch.int64, device=x_UD.device), 0) - 1
+        return self.proj(self.ln_final(x_UD.index_select(0, end_rows)))
