@@ -1,0 +1,51 @@
+"""What a step amounts to over all ranks: one small sum of integers on the host, once per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cmpt.batch import ImageTextBatch, Rejection
+from cmpt.dist.process_group import gather_objects, sum_over_ranks
+from cmpt.masking.strategies import Masked
+from cmpt.models.flops import training_flops
+from cmpt.recipe.schema import Model
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Sums over all ranks; integers, so that they are the same at every world size."""
+
+    kept_patches: int
+    patches: int  # of all images that are not holes
+    text_tokens: int
+    flops: int
+    holes: int
+    rejections: list[Rejection]  # of all ranks: samples that could not be used
+    stop_signal: int  # the number of a signal that some rank got, or 0
+
+    @property
+    def mask_ratio(self) -> float:
+        return 1 - self.kept_patches / max(1, self.patches)
+
+
+def count_step(
+    model: Model, masked: Masked, batch: ImageTextBatch, global_batch: int, stop_signal: int | None
+) -> StepCounts:
+    """Collective. A rank that got a signal says so here, and all ranks stop after the same step."""
+    images = masked.patches.lengths
+    local = [
+        sum(images),
+        len(images) * masked.keep_BL.shape[1],
+        sum(batch.text.lengths),
+        int(training_flops(model, images, batch.text.lengths, global_batch)),
+        len(batch.keys) - len(images),
+        len(batch.rejections),
+        stop_signal or 0,
+        int(stop_signal is not None),
+    ]
+    *sums, rejected, signals, told = sum_over_ranks(torch.tensor(local)).tolist()
+    kept, patches, text_tokens, flops, holes = sums
+    rejections = [rejection for part in gather_objects(batch.rejections) for rejection in part] if rejected else []
+    return StepCounts(kept, patches, text_tokens, flops, holes, rejections, signals // max(told, 1))

@@ -1,0 +1,69 @@
+"""One training step: forward, gather, loss, backward, ZeRO step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cmpt.batch import PackedPatches, PackedText
+from cmpt.dist.process_group import gather_with_gradient, sum_over_ranks
+from cmpt.engine import sharded
+from cmpt.losses.contrastive import info_nce
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not a number any more."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves; tensors stay on the device until someone logs them."""
+
+    loss: Tensor  # [], of this rank's rows; the mean over ranks is the loss of the global batch
+    logit_scale: Tensor  # [1], exp already taken
+    gradient_norms: dict[str, float] | None  # by tower and "total", before clipping; only if asked for
+
+    def global_loss(self) -> float:
+        """Collective."""
+        return float(sum_over_ranks(self.loss.detach().double().cpu())) / dist.get_world_size()
+
+    def require_finite(self, step: int) -> None:
+        """Collective. Raises TrainingDivergedError, on every rank, before such a state is logged or saved."""
+        loss = self.global_loss()
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(f"step {step}: the loss is {loss}; the newest checkpoint is from before that")
+
+
+def clip_step(
+    engine: deepspeed.DeepSpeedEngine,
+    images: PackedPatches,
+    text: PackedText,
+    valid_B: Tensor | None,
+    lr: float,
+    chunk_rows: int,
+    with_gradient_norms: bool,
+) -> StepResult:
+    """Step the model on one batch; every rank calls it with its own rows, as many on every rank.
+
+    `valid_B` [B] bool on every rank, or None on every rank: pairs to leave out of the loss. The gradient is that of the
+    global loss at any world size: local rows against gathered columns, gathered with gradient, mean over ranks.
+    """
+    rows = len(text.lengths)
+    sharded.set_learning_rate(engine, lr)
+    image_BE, text_BE, scale = engine(images, text, rows)
+    pair_G2E = gather_with_gradient(torch.cat([image_BE, text_BE], dim=1))
+    image_GE, text_GE = pair_G2E.chunk(2, dim=1)
+    valid_G = None if valid_B is None else gather_with_gradient(valid_B.to(torch.int64)).bool()
+    first_row = dist.get_rank() * rows
+    loss = info_nce(
+        image_BE, text_BE, image_GE, text_GE, scale, first_row=first_row, chunk_rows=chunk_rows, valid_G=valid_G
+    )
+    engine.backward(loss)
+    norms = sharded.gradient_norms(engine) if with_gradient_norms else None
+    engine.step()
+    return StepResult(loss.detach(), scale.detach(), norms)
