@@ -1,0 +1,1 @@
+"""What a run tells the world: records, TensorBoard, the console, pictures and the report."""

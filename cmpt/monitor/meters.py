@@ -1,0 +1,104 @@
+"""Adds up what happens between two logged steps and turns it into one row of metrics.jsonl."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Counts(Protocol):
+    """What the meters read of a step's counts, over all ranks."""
+
+    @property
+    def kept_patches(self) -> int: ...
+    @property
+    def patches(self) -> int: ...
+    @property
+    def text_tokens(self) -> int: ...
+    @property
+    def flops(self) -> int: ...
+
+
+@dataclass
+class Meters:
+    """Counts of this window, over all ranks unless said otherwise. `row` reads them and starts the next window."""
+
+    global_batch: int
+    peak_flops: float | None
+    """Of all devices together, in FLOP/s; None where unknown."""
+    began: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    wait_s: float = 0.0
+    """Time this rank waited for data."""
+    kept_patches: int = 0
+    patches: int = 0
+    text_tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, counts: Counts) -> None:
+        """One step more."""
+        self.steps += 1
+        self.kept_patches += counts.kept_patches
+        self.patches += counts.patches
+        self.text_tokens += counts.text_tokens
+        self.flops += counts.flops
+
+    def waiting(self, items: Iterator[T]) -> Iterator[T]:
+        """The same items; the time until each one comes counts as waiting for data."""
+        while True:
+            asked = time.perf_counter()
+            item = next(items)
+            self.wait_s += time.perf_counter() - asked
+            yield item
+
+    def pause(self) -> Pause:
+        """A `with` block whose time does not count as training: evaluation, checkpoints."""
+        return Pause(self)
+
+    def row(self) -> dict[str, float | None]:
+        """The throughput half of a metrics row; tokens are kept patches and text tokens, class tokens excluded."""
+        elapsed = time.perf_counter() - self.began
+        samples = self.steps * self.global_batch
+        tokens = self.kept_patches + self.text_tokens
+        row = {
+            "mask_ratio": 1 - self.kept_patches / max(1, self.patches),
+            "image_tokens_per_sample": self.kept_patches / samples,
+            "text_tokens_per_sample": self.text_tokens / samples,
+            "samples_per_s": samples / elapsed,
+            "tokens_per_s": tokens / elapsed,
+            "flops_per_sample": self.flops / samples,
+            "mfu": self.flops / elapsed / self.peak_flops if self.peak_flops else None,
+            "data_wait_fraction": self.wait_s / elapsed,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "step_s": elapsed / self.steps,
+        }
+        self.began = time.perf_counter()
+        self.steps, self.wait_s, self.kept_patches, self.patches, self.text_tokens, self.flops = 0, 0.0, 0, 0, 0, 0.0
+        return row
+
+
+class Pause:
+    def __init__(self, meters: Meters) -> None:
+        self.meters = meters
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.meters.began += time.perf_counter() - self.started
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: of the CUDA device, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

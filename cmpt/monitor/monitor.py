@@ -1,0 +1,164 @@
+"""The one place that a run reports to: JSON lines, TensorBoard and the console, on rank 0 alone.
+
+Everything given to the monitor must already be on the host as plain numbers; it never waits for a device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cmpt.monitor.console import Console, make_console
+from cmpt.monitor.records import REDONE_KINDS, RecordWriter, metrics_row, trim_after, utc_now
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Monitor:
+    """Use as a context manager: the terminal is restored and the files are closed whatever happens inside.
+
+    `start_step` is the number of steps already done: 0 for a new run, the checkpoint's step for a resumed one.
+    Records of later steps, left by a killed run, are removed at the start, since those steps are run again. A start
+    from 0 removes all records of steps, but no events except those that happen again.
+    `active=False` (every rank but 0) makes all methods do nothing.
+    """
+
+    def __init__(
+        self, run_folder: str | Path, recipe_name: str, total_steps: int, start_step: int, active: bool = True
+    ) -> None:
+        self._parts: _Parts | None = None
+        if active:
+            self._parts = _Parts(Path(run_folder), recipe_name, total_steps, start_step)
+            self._parts.event("resume" if start_step else "start", start_step, recipe=recipe_name, steps=total_steps)
+            if start_step:
+                self._parts.console.note(f"resumed from step {start_step:,}")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One logged step: the keys of `records.METRIC_KEYS`, of which only `step` is required."""
+        if self._parts is None:
+            return
+        complete = metrics_row(row)
+        step = complete["step"]
+        if not isinstance(step, int):
+            raise ValueError(f"metrics row: got step = {step!r}, expected an integer")
+        self._parts.reached(step)
+        self._parts.metrics.append(complete)
+        self._parts.scalars("train", step, complete)
+        self._parts.console.update(complete)
+
+    def event(self, kind: str, step: int, **fields: Any) -> None:
+        """Something that happened, e.g. kind "skip" with `cause` and `key`. A "warning" shows its `text` at once."""
+        if self._parts is None:
+            return
+        self._parts.event(kind, step, **fields)
+        if kind == "warning" and "text" in fields:
+            self._parts.console.note(f"step {step:,}: warning: {fields['text']}")
+
+    def evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Held-out results by name, recalls and accuracies as fractions."""
+        if self._parts is None:
+            return
+        self._parts.reached(step)
+        self._parts.evaluations.append({"step": step, **results})
+        self._parts.scalars("eval", step, results)
+        self._parts.tensorboard.flush()
+        self._parts.console.evaluation(step, results)
+
+    def note(self, text: str) -> None:
+        """A message for the person who watches; it is not recorded."""
+        if self._parts is not None:
+            self._parts.console.note(text)
+
+    def checkpoint(self, step: int, path: str | Path) -> None:
+        """A checkpoint is complete. All records up to here reach the disk: a resume from it relies on them."""
+        if self._parts is None:
+            return
+        self._parts.reached(step)
+        self._parts.event("checkpoint", step, path=str(path))
+        self._parts.sync()
+        self._parts.console.checkpoint(step, str(path))
+
+    def picture(self, name: str, png: bytes) -> None:
+        """Puts `pictures/<name>.png` into the run folder, in place of an earlier one, for the report to find."""
+        if self._parts is None:
+            return
+        folder = self._parts.run_folder / "pictures"
+        folder.mkdir(exist_ok=True)
+        beside = folder / f".{name}.png.new"
+        beside.write_bytes(png)
+        os.replace(beside, folder / f"{name}.png")
+
+    def close(self, outcome: str | None = None) -> None:
+        """May be called more than once; only the first call counts. The outcome is recorded and shown.
+
+        Unless given, it is "finished" after the last step of the run and "stopped" before it.
+        """
+        if self._parts is not None:
+            parts, self._parts = self._parts, None
+            parts.close(outcome)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or (isinstance(error, SystemExit) and not error.code):
+            self.close()
+        elif issubclass(kind, KeyboardInterrupt):
+            self.close("interrupted")
+        else:
+            self.close(f"stopped by {kind.__name__}")
+
+
+class _Parts:
+    """What an active monitor holds."""
+
+    def __init__(self, run_folder: Path, recipe_name: str, total_steps: int, start_step: int) -> None:
+        # Here, because the import takes a second and ranks other than 0 have no use for it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_folder.mkdir(parents=True, exist_ok=True)
+        metrics, evaluations, events = (run_folder / f"{n}.jsonl" for n in ("metrics", "evaluations", "events"))
+        last_kept = start_step if start_step else -1  # a run that starts again evaluates again before its first step
+        trim_after(metrics, last_kept)
+        trim_after(evaluations, last_kept)
+        trim_after(events, last_kept, REDONE_KINDS)
+        self.run_folder = run_folder
+        self.step, self.total_steps = start_step, total_steps
+        self.metrics, self.evaluations = RecordWriter(metrics), RecordWriter(evaluations)
+        self.events = RecordWriter(events)
+        self.tensorboard: SummaryWriter = SummaryWriter(
+            str(run_folder / "tensorboard"), purge_step=last_kept + 1, flush_secs=20
+        )
+        self.console: Console = make_console(recipe_name, total_steps, start_step)
+
+    def reached(self, step: int) -> None:
+        self.step = max(self.step, step)
+
+    def event(self, kind: str, step: int, **fields: Any) -> None:
+        self.events.append({"kind": kind, "time": utc_now(), "step": step, **fields})
+
+    def scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if key != "step" and isinstance(value, int | float):
+                self.tensorboard.add_scalar(f"{group}/{key}", value, step)
+
+    def sync(self) -> None:
+        for writer in (self.metrics, self.evaluations, self.events):
+            writer.sync()
+        self.tensorboard.flush()
+
+    def close(self, outcome: str | None) -> None:
+        outcome = outcome or ("finished" if self.step >= self.total_steps else "stopped")
+        try:
+            self.event("end", self.step, outcome=outcome)
+        finally:
+            self.console.close(outcome)
+            for writer in (self.metrics, self.evaluations, self.events):
+                writer.close()
+            self.tensorboard.close()

@@ -1,0 +1,168 @@
+"""Append-only JSON-lines files of a run: what was measured, and what happened.
+
+`metrics.jsonl`      one object per logged step, always the keys of `METRIC_KEYS` in that order
+`evaluations.jsonl`  one object per evaluation, `step` first
+`events.jsonl`       one object per event: `kind`, `time` (UTC, ISO 8601), `step`, then the fields of that kind
+
+A line goes out in a single `os.write` in append mode, so a killed process leaves whole lines and at most one torn
+last line. Numbers keep every digit (`repr` of the float). JSON has no NaN and no infinity: such a value is written as
+null, and a last key `not_finite` says which it was, e.g. {"loss": null, …, "not_finite": {"loss": "nan"}}. The key is
+absent where everything is finite, so null alone still means "unknown".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRIC_KEYS = (
+    "step",
+    "samples_seen",
+    "epoch",
+    "phase",
+    "loss",
+    "lr",
+    "logit_scale",
+    "grad_norm",
+    "grad_norm_image",
+    "grad_norm_text",
+    "mask_ratio",
+    "mask_threshold",
+    "image_tokens_per_sample",
+    "text_tokens_per_sample",
+    "samples_per_s",
+    "tokens_per_s",
+    "flops_per_sample",
+    "mfu",
+    "data_wait_fraction",
+    "peak_memory_bytes",
+    "skipped_samples",
+    "step_s",
+    "batch_digest",
+)
+REDONE_KINDS = frozenset({"skip"})
+"""Events that happen again when a step is run again; after a resume the earlier ones would count twice."""
+
+
+def to_line(record: Mapping[str, Any]) -> bytes:
+    """One JSON object and its newline, as UTF-8. Numpy scalars become plain numbers.
+
+    Raises TypeError for anything else that JSON cannot hold, tensors included: reading one here would make the host
+    wait for the device.
+    """
+    not_finite: dict[str, str] = {}
+    plain = _plain(record, "", not_finite)
+    if not_finite:
+        plain["not_finite"] = not_finite
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        not_finite[name] = str(value)
+        return None
+    if isinstance(value, Mapping):
+        return {
+            str(key): _plain(item, f"{name}.{key}" if name else str(key), not_finite) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}.{index}", not_finite) for index, item in enumerate(value)]
+    return value
+
+
+def metrics_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with every metrics key, in order; what it lacks is None. Raises ValueError for a key that is not one."""
+    unknown = sorted(set(row) - set(METRIC_KEYS))
+    if unknown:
+        raise ValueError(f"metrics row: got the unknown key {unknown[0]!r}, expected one of {', '.join(METRIC_KEYS)}")
+    return {key: row.get(key) for key in METRIC_KEYS}
+
+
+def utc_now() -> str:
+    """The time of an event, e.g. "2026-03-01T12:30:05.123Z"."""
+    now = time.time()
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+
+
+class RecordWriter:
+    """Appends records to one file. What `append` has written survives a kill; what `sync` has seen, a power cut."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = to_line(record)
+        written = os.write(self._fd, line)
+        if written != len(line):
+            raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes of a line; is the disk full?")
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a file, without a torn last line; [] where there is no file.
+
+    Raises ValueError for a broken line that is not the last: no kill leaves one, so someone edited the file.
+    """
+    return [record for record, _ in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    last = len(lines) - 1  # what follows the final newline: empty, or a torn line
+    for number, line in enumerate(lines[:last]):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == last - 1 and not lines[last]:
+                return  # the last line; a power cut can leave garbage with a newline in it
+            raise ValueError(f"{path}, line {number + 1}: not a JSON object: {line[:80]!r}") from error
+        yield record, line + b"\n"
+
+
+def trim_after(path: Path, step: int, kinds: frozenset[str] | None = None) -> int:
+    """Drops the records with `step` above `step`, and a torn last line; returns how many whole records went.
+
+    With `kinds`, only records of those kinds are dropped. The file is replaced in one move, so a kill leaves either
+    the old or the new one. Records without a step stay.
+    """
+    if not path.exists():
+        return 0
+    kept: list[bytes] = []
+    dropped = 0
+    for record, line in _whole_lines(path):
+        at = record.get("step")
+        if at is not None and at > step and (kinds is None or record.get("kind") in kinds):
+            dropped += 1
+        else:
+            kept.append(line)
+    content = b"".join(kept)
+    if len(content) == path.stat().st_size:
+        return 0
+    beside = path.with_name(path.name + ".trimmed")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    return dropped
