@@ -1,0 +1,260 @@
+"""Train a CLIP model from a recipe:
+
+    deepspeed [--hostfile HOSTFILE] cmpt/train.py RECIPE [key=value ...]
+
+or with `torchrun`, or with plain `python` as a single process. A second start with the same run folder resumes.
+This is the only file that knows all parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Run as a script, Python puts this folder, not the project, on the path.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# A packed batch has another number of tokens every step; oneDNN would keep code for 1,024 shapes: gigabytes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+import torch
+
+from cmpt.batch import ImageTextBatch
+from cmpt.data.heldout import HeldoutSet
+from cmpt.data.loader import Loader, batch_digest
+from cmpt.data.shards import open_shards
+from cmpt.data.streams import LoaderState
+from cmpt.data.tokenizer import Tokenizer, open_tokenizer
+from cmpt.data.validate import DataError
+from cmpt.dist import process_group
+from cmpt.dist.process_group import gather_objects, sum_over_ranks
+from cmpt.engine.build import DeepSpeedEngine, build_engine, clip_of
+from cmpt.engine.checkpoint import CheckpointError, Checkpoints, TrainState
+from cmpt.engine.counts import count_step
+from cmpt.engine.plan import Plan
+from cmpt.engine.run_folder import conflict, prepare, run_folder
+from cmpt.engine.signals import StopSignals
+from cmpt.engine.step import StepResult, TrainingDivergedError, clip_step
+from cmpt.evals.examples import query_examples
+from cmpt.evals.suite import HeldoutSuite
+from cmpt.masking.strategies import Masked, MaskStage
+from cmpt.models.clip import CLIP
+from cmpt.models.flops import peak_flops
+from cmpt.monitor.meters import Meters
+from cmpt.monitor.monitor import Monitor
+from cmpt.monitor.pictures import mask_grid, query_grid
+from cmpt.monitor.report import write_report
+from cmpt.recipe import RecipeError, check_recipe, load_recipe
+from cmpt.recipe.schema import Recipe
+
+_MASKS_SHOWN = 12
+_LET_THE_FIRST_RANK_SPEAK_S = 2.0
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    recipe = checked_recipe(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    rank, world_size, device = process_group.start()
+    try:
+        return train(recipe, rank, world_size, device)
+    except (DataError, CheckpointError, RecipeError, TrainingDivergedError) as error:
+        # What a user can mend is said in a line; everything else keeps its traceback.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    finally:
+        process_group.stop()
+
+
+def checked_recipe(arguments: Sequence[str] | None) -> Recipe:
+    """The recipe that the command line names; with any fault, one clear line for each and SystemExit."""
+    parser = argparse.ArgumentParser(
+        prog="cmpt/train.py", description="Train a CLIP model from a recipe; a second start resumes."
+    )
+    parser.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to override, e.g. run.name=trial")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
+    parsed = parser.parse_args(arguments)
+    if parsed.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(parsed.local_rank))
+    try:
+        loaded = load_recipe(parsed.recipe, parsed.overrides)
+        faults = check_recipe(loaded.recipe, int(os.environ.get("WORLD_SIZE", "1")), loaded.origins)
+        faults = faults or [fault for fault in [conflict(loaded.recipe)] if fault]
+    except RecipeError as error:
+        faults = error.faults
+    if faults:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr, flush=True)
+        else:  # the launcher ends all ranks when the first one fails: let the one that speaks be first
+            time.sleep(_LET_THE_FIRST_RANK_SPEAK_S)
+        raise SystemExit(USER_ERROR)
+    return loaded.recipe
+
+
+def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> int:
+    """Build every part, run the recipe to its end or to where something ends it early. Returns the exit code."""
+    primary = rank == 0
+    folder = run_folder(recipe)
+    tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
+    recipe = with_vocabulary(recipe, tokenizer)
+    loader = build_loader(recipe, tokenizer, rank, world_size)
+    suite = build_suite(recipe, tokenizer, rank, world_size, device)
+    plan = Plan(recipe, loader.samples_per_epoch)
+    clip = CLIP(recipe.model, recipe.image.size, recipe.run.seed)
+    parameters = sum(parameter.numel() for parameter in clip.parameters())
+    engine = build_engine(clip, recipe.engine, recipe.optimizer, world_size, device)
+    if primary:
+        prepare(recipe, world_size)
+    process_group.barrier()
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.run.keep_checkpoints)
+    state = checkpoints.load_newest(engine) or TrainState(seed=recipe.run.seed, data=loader.data_fingerprint)
+    if state.data != loader.data_fingerprint:
+        raise CheckpointError("data.train: shards were added or removed since the checkpoint; start a new run")
+    position = LoaderState.from_json(state.loader) if state.loader else loader.initial_state()
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    patch_size = recipe.model.patch_size
+    assert patch_size is not None
+    meters = Meters(recipe.engine.batch_size, peak and peak * world_size)
+
+    with Monitor(folder, recipe.run.name, plan.total_steps, state.step, primary) as monitor, StopSignals() as signals:
+        for fault in checkpoints.faults:
+            monitor.event("warning", state.step, text=fault)
+        monitor.event("model", state.step, parameters=parameters)
+        stop_signal = 0
+        for planned in plan.remaining(state.step):
+            phase = planned.phase
+            mask = MaskStage(phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks)
+            if state.step > planned.first_step:
+                mask.load_state(state.masking)
+            with closing(loader.batches(position, phase.image)) as batches:
+                for batch, position in meters.waiting(batches):
+                    batch = batch.to(device)
+                    masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
+                    counts = count_step(recipe.model, masked, batch, recipe.engine.batch_size, signals.received)
+                    mask.advance(counts.mask_ratio)
+                    lr, logs = planned.learning_rate(state.step + 1), plan.logs(state.step + 1)
+                    valid_B = batch.valid_B if counts.holes else None
+                    result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss.chunk_rows, logs)
+                    state.advance(mask.state(), counts.rejections)
+                    meters.add(counts)
+                    for skip in counts.rejections:
+                        monitor.event("skip", state.step, cause=skip.cause, key=skip.key, detail=skip.detail)
+                    if logs or plan.saves(state.step):
+                        result.require_finite(state.step)
+                    if logs:
+                        monitor.log(metrics(state, phase.name, lr, masked, result, batch, loader, meters))
+                    if suite and plan.evaluates(state.step):
+                        with meters.pause():
+                            evaluate(suite, engine, monitor, state.step, batch, masked)
+                    stop_signal = counts.stop_signal
+                    if plan.saves(state.step) or stop_signal:
+                        with meters.pause():
+                            state.loader = LoaderState.merge(gather_objects(position)).to_json()
+                            monitor.checkpoint(state.step, checkpoints.save(engine, state))
+                    if stop_signal or state.step == planned.last_step or plan.ends(state.step):
+                        break
+            if stop_signal or plan.ends(state.step):
+                break
+    if primary:
+        write_report(folder)
+    process_group.barrier()
+    return 128 + stop_signal if stop_signal else 0
+
+
+def with_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
+    """The recipe with the size of the token embedding filled in from the tokenizer, where it is null."""
+    size = recipe.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise RecipeError([f"model.vocab_size = {size}: must be at least the tokenizer's {tokenizer.vocab_size}"])
+    return replace(recipe, model=replace(recipe.model, vocab_size=size))
+
+
+def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int) -> Loader:
+    return Loader(
+        recipe.data,
+        recipe.image,
+        shards=[open_shards(source.urls, recipe.data) for source in recipe.data.train],
+        tokenizer=tokenizer,
+        context_length=recipe.model.context_length,
+        seed=recipe.run.seed,
+        batch_size=recipe.engine.batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def build_suite(
+    recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int, device: torch.device
+) -> HeldoutSuite | None:
+    """The evaluation on data.heldout, or None where the recipe names no held-out shards."""
+    if not recipe.data.heldout:
+        return None
+    heldout = HeldoutSet(recipe.data.heldout, recipe.data, recipe.image)
+    return HeldoutSuite(heldout, tokenizer, recipe, rank, world_size, device)
+
+
+def metrics(
+    state: TrainState,
+    phase: str,
+    lr: float,
+    masked: Masked,
+    result: StepResult,
+    batch: ImageTextBatch,
+    loader: Loader,
+    meters: Meters,
+) -> dict[str, Any]:
+    """One row of metrics.jsonl; every rank calls it. Loss and threshold are this step's, rates since the last row."""
+    digests = [digest for part in gather_objects(batch.stream_digests) for digest in part]
+    norms = result.gradient_norms or {}
+    samples_seen = state.step * meters.global_batch
+    return {
+        "step": state.step,
+        "samples_seen": samples_seen,
+        "epoch": samples_seen / loader.samples_per_epoch,
+        "phase": phase,
+        "loss": result.global_loss(),
+        "lr": lr,
+        "logit_scale": result.logit_scale.item(),
+        "grad_norm": norms.get("total"),
+        "grad_norm_image": norms.get("visual"),
+        "grad_norm_text": norms.get("text"),
+        "mask_threshold": masked.threshold,
+        "skipped_samples": sum(state.skipped.values()),
+        "batch_digest": batch_digest(digests),
+        **meters.row(),
+    }
+
+
+def evaluate(
+    suite: HeldoutSuite,
+    engine: DeepSpeedEngine,
+    monitor: Monitor,
+    step: int,
+    batch: ImageTextBatch,
+    masked: Masked,
+) -> None:
+    """Held-out results and two pictures: masks of the batch in hand, and what the model finds for some captions."""
+    results, embeddings = suite.evaluate(clip_of(engine))
+    monitor.evaluation(step, results)
+    if engine.global_rank == 0:
+        shown = batch.valid_B.nonzero()[:_MASKS_SHOWN, 0]
+        images_NHWC = batch.images_BCHW[shown].permute(0, 2, 3, 1).cpu().numpy()
+        keep_NL = masked.keep_BL[shown].cpu().numpy()
+        patch_size = images_NHWC.shape[1] // masked.patches.grid[0]
+        monitor.picture("masks", mask_grid(images_NHWC, keep_NL, patch_size, f"What the model sees at step {step:,}"))
+        found = query_examples(embeddings, suite.heldout)
+        monitor.picture("queries", query_grid(found.queries, found.images_NKHWC, found.hits_NK, found.scores_NK))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""The training program as people use it: real shards, real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, RunCli
+from data.making import jpeg, undecodable_jpeg, write_tar
+
+TINY = [
+    "model.preset=null",
+    "model.patch_size=8",
+    "model.embed_dim=32",
+    "model.vision={width: 32, layers: 2, heads: 2}",
+    "model.text={width: 32, layers: 2, heads: 2}",
+    "image.size=32",
+    "engine.batch_size=32",
+    "engine.precision=fp32",
+    "data.streams=4",
+    "data.workers=1",
+    "data.heldout=[]",
+    "run.duration=12 steps",
+    "run.log_every=1 steps",
+    "run.checkpoint_every=4 steps",
+    "optimizer.warmup=2 steps",
+    "evaluation.every=6 steps",
+]
+RECIPE = "recipes/quickstart.yaml"
+TRAIN = ["python", "cmpt/train.py", RECIPE]
+
+
+def overrides(folder: Path, name: str, *more: str) -> list[str]:
+    return [*TINY, f"run.folder={folder}", f"run.name={name}", f"data.cache_folder={folder}/cache", *more]
+
+
+def rows(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def trajectory(run: Path) -> list[tuple[int, str, float, float | None]]:
+    return [(row["step"], row["batch_digest"], row["loss"], row["mask_threshold"]) for row in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One plain run of 12 steps, with an evaluation, that several tests compare with."""
+    folder = tmp_path_factory.mktemp("plain")
+    command = [
+        sys.executable,
+        *TRAIN[1:],
+        *overrides(folder, "run", "data.heldout=[pkg:data/clipart/heldout-0000.tar]"),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.multiprocess
+def test_a_run_leaves_what_the_design_promises(uninterrupted: Path) -> None:
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "report.html", "tensorboard"):
+        assert (uninterrupted / name).exists(), name
+    assert {path.name for path in (uninterrupted / "pictures").iterdir()} == {"masks.png", "queries.png"}
+    checkpoints = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000004", "step_00000008", "step_00000012"]
+    steps = rows(uninterrupted)
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert all(row["samples_seen"] == 32 * row["step"] for row in steps)
+    assert abs(sum(row["mask_ratio"] for row in steps) / 12 - 0.5) < 0.03
+    evaluations = rows(uninterrupted, "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [6, 12]
+    assert evaluations[-1]["pairs"] == 500 and evaluations[-1]["classes"] > 5
+
+
+@pytest.mark.multiprocess
+def test_logged_flops_and_tokens_are_those_of_the_kept_patches(uninterrupted: Path) -> None:
+    """Invariant 8, recomputed here by hand for a model of these sizes from the logged token counts."""
+    for row in rows(uninterrupted):
+        image_tokens, text_tokens = row["image_tokens_per_sample"], row["text_tokens_per_sample"]
+        assert image_tokens == pytest.approx(16 * (1 - row["mask_ratio"]))
+        weights = 2 * (4 * 32 * 32 + 2 * 32 * 128)
+        linear = 2 * weights * (image_tokens + 1 + text_tokens) + 2 * 192 * 32 * image_tokens + 2 * 2 * 32 * 32
+        # Attention needs the sum of squares; by Jensen the mean's square is a lower bound.
+        attention = 2 * 4 * 32 * ((image_tokens + 1) ** 2 + text_tokens**2)
+        loss = 6 * 2 * 32 * 32
+        low = 3 * (linear + attention) + loss
+        assert low <= row["flops_per_sample"] <= 1.2 * low
+
+
+@pytest.mark.multiprocess
+def test_kill_at_a_random_step_and_resume_gives_the_uninterrupted_run(uninterrupted: Path, tmp_path: Path) -> None:
+    """Invariant 3: digests, losses and thresholds are bit-identical after kill -9, wherever it struck."""
+    victim_step = random.SystemRandom().randint(5, 11)
+    command = [sys.executable, *TRAIN[1:], *overrides(tmp_path, "killed")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run, limit = tmp_path / "killed", time.monotonic() + 200
+    while time.monotonic() < limit and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= victim_step:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert trajectory(run) == trajectory(uninterrupted), f"killed at step {victim_step}"
+    assert any(event["kind"] == "resume" for event in rows(run, "events.jsonl"))
+
+
+@pytest.mark.multiprocess
+def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
+    command = [sys.executable, *TRAIN[1:], *overrides(tmp_path, "stopped", "run.checkpoint_every=1000 steps")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run, limit = tmp_path / "stopped", time.monotonic() + 200
+    while time.monotonic() < limit and not ((run / "metrics.jsonl").exists() and len(rows(run)) >= 2):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=100) == 128 + signal.SIGTERM
+    saved = [int(path.name[5:]) for path in (run / "checkpoints").iterdir()]
+    assert saved == [len(rows(run))] and saved[0] < 12
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert trajectory(run) == trajectory(uninterrupted)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_under_deepspeed_give_the_same_digests_and_losses(
+    uninterrupted: Path, tmp_path: Path, run_cli: RunCli, free_port: int
+) -> None:
+    """Invariant 2 through the real launcher; the checkpoint of two ranks goes on with one, at another ZeRO stage."""
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port), "cmpt/train.py", RECIPE]
+    more = ["data.heldout=[pkg:data/clipart/heldout-0000.tar]", "run.stop_after=8 steps"]
+    done = run_cli([*launcher, *overrides(tmp_path, "two", *more)], env={"DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr
+    early_end = run_cli([*TRAIN, *overrides(tmp_path, "two", *more)])
+    assert early_end.returncode == 0 and len(rows(tmp_path / "two")) == 8, "stop_after is reached: nothing to do"
+    alone = run_cli([*TRAIN, *overrides(tmp_path, "two", more[0], "engine.zero_stage=0")])
+    assert alone.returncode == 0, alone.stderr
+    for ours, reference in zip(rows(tmp_path / "two"), rows(uninterrupted), strict=True):
+        assert ours["batch_digest"] == reference["batch_digest"]
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+        assert ours["mask_ratio"] == reference["mask_ratio"]
+        for norm in ("grad_norm", "grad_norm_image", "grad_norm_text"):
+            assert ours[norm] == pytest.approx(reference[norm], rel=1e-3)
+    ours_last, reference_last = (rows(run, "evaluations.jsonl")[-1] for run in (tmp_path / "two", uninterrupted))
+    assert ours_last["image_to_text_r10"] == pytest.approx(reference_last["image_to_text_r10"], abs=0.01)
+
+
+@pytest.mark.multiprocess
+def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(tmp_path: Path, free_port: int) -> None:
+    """A terminal sends SIGINT to every process, and the launcher then SIGTERMs its ranks once more."""
+    folder = Path(sys.executable).parent
+    launcher = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port)]
+    command = [*launcher, "cmpt/train.py", RECIPE, *overrides(tmp_path, "run", "run.duration=3000 steps")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [*command, "run.checkpoint_every=100000 steps"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    run, limit = tmp_path / "run", time.monotonic() + 200
+    while time.monotonic() < limit and not ((run / "metrics.jsonl").exists() and len(rows(run)) >= 3):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=100) != 0
+    assert [int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")] == [len(rows(run))]
+
+
+@pytest.mark.multiprocess
+def test_holes_are_left_out_alike_by_one_and_by_two_processes(tmp_path: Path, run_cli: RunCli, free_port: int) -> None:
+    """Pictures that pass every check and that the decoder then refuses keep their slot; by torchrun, in bf16."""
+    captions = [json.dumps({"captions": [f"picture number {n}"]}).encode() for n in range(40)]
+    images = [undecodable_jpeg(n) if n % 5 == 0 else jpeg(n) for n in range(40)]
+    write_tar(tmp_path / "s.tar", [(f"s{n:04d}", {"jpg": images[n], "json": captions[n]}) for n in range(40)])
+    more = [f"data.train=[{{urls: [{tmp_path}/s.tar]}}]", "run.duration=4 steps", "engine.precision=bf16"]
+    alone = run_cli([*TRAIN, *overrides(tmp_path, "one", *more)])
+    assert alone.returncode == 0, alone.stderr
+    launcher = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port), *TRAIN[1:]]
+    both = run_cli([*launcher, *overrides(tmp_path, "two", *more)])
+    assert both.returncode == 0, both.stderr
+    for ours, reference in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours["batch_digest"] == reference["batch_digest"]
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-2)
+        assert ours["skipped_samples"] == reference["skipped_samples"] > 0
+    skips = [event for event in rows(tmp_path / "two", "events.jsonl") if event["kind"] == "skip"]
+    assert {event["cause"] for event in skips} == {"decode_failed"}
+    assert {int(event["key"][-4:]) % 5 for event in skips} == {0}
+
+
+@pytest.mark.multiprocess
+def test_phases_run_one_after_the_other_and_resume_inside_one(tmp_path: Path, run_cli: RunCli) -> None:
+    phases = [
+        "run.duration=null",
+        "phases=[{name: masked, duration: 5 steps}, {name: large, duration: 4 steps, set: {masking.strategy: none,"
+        " image.size: 48, optimizer.lr: 1e-4, optimizer.warmup: 1 steps}}]",
+    ]
+    whole = run_cli([*TRAIN, *overrides(tmp_path, "whole", *phases)])
+    assert whole.returncode == 0, whole.stderr
+    for stop in ("3 steps", "7 steps"):
+        part = run_cli([*TRAIN, *overrides(tmp_path, "parts", *phases, f"run.stop_after={stop}")])
+        assert part.returncode == 0, part.stderr
+    rest = run_cli([*TRAIN, *overrides(tmp_path, "parts", *phases)])
+    assert rest.returncode == 0, rest.stderr
+    assert trajectory(tmp_path / "parts") == trajectory(tmp_path / "whole")
+    found = rows(tmp_path / "whole")
+    assert [row["phase"] for row in found] == ["masked"] * 5 + ["large"] * 4
+    assert found[-1]["image_tokens_per_sample"] == 36 and found[-1]["mask_ratio"] == 0
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("more", "environment", "expected"),
+    [
+        (["masking.stratgy=random"], {}, "masking.strategy"),
+        (["engine.batch_size=many"], {}, "engine.batch_size"),
+        (["data.train.0.urls=['/nowhere/{0..3}.tar']"], {}, "/nowhere/0.tar"),
+        (["engine.batch_size=30"], {}, "data.streams"),
+        ([], {"WORLD_SIZE": "3", "RANK": "0"}, "data.streams"),
+        (["tokenizer.path=/nowhere/tokenizer.model"], {}, "/nowhere/tokenizer.model"),
+        (["image.size=36"], {}, "image.size"),
+    ],
+)
+def test_bad_input_gives_one_clear_line_before_any_work(
+    more: list[str], environment: dict[str, str], expected: str, tmp_path: Path, run_cli: RunCli
+) -> None:
+    done = run_cli([*TRAIN, *overrides(tmp_path, "bad", *more)], env=environment)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.multiprocess
+def test_an_existing_run_with_another_recipe_is_not_touched(uninterrupted: Path, run_cli: RunCli) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = run_cli([*TRAIN, *overrides(uninterrupted.parent, "run", "masking.strategy=random")])
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "masking.strategy" in errors[0] and "run.overwrite=true" in errors[0]
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def damaged_shard(path: Path, good: int) -> None:
+    """`good` usable pairs and one of each: broken JPEG, empty caption, missing image."""
+
+    def pair(number: int, image: bytes | None, caption: str) -> tuple[str, dict[str, bytes]]:
+        members = {"json": json.dumps({"captions": [caption], "category": "x"}).encode()}
+        return f"s{number:04d}", members if image is None else {"jpg": image, **members}
+
+    samples = [pair(n, jpeg(n), f"picture number {n}") for n in range(good)]
+    samples += [
+        pair(good, jpeg(good)[:200], "a broken picture"),
+        pair(good + 1, jpeg(good + 1), "  "),
+        pair(good + 2, None, "no picture"),
+    ]
+    write_tar(path, samples)
+
+
+@pytest.mark.multiprocess
+def test_unusable_samples_are_replaced_counted_and_named(tmp_path: Path, run_cli: RunCli) -> None:
+    damaged_shard(tmp_path / "s.tar", good=61)
+    more = [f"data.train=[{{urls: [{tmp_path}/s.tar]}}]", "run.duration=1 epochs", "run.checkpoint_every=100 steps"]
+    done = run_cli([*TRAIN, *overrides(tmp_path, "dirty", *more)])
+    assert done.returncode == 0, done.stderr
+    skips = [event for event in rows(tmp_path / "dirty", "events.jsonl") if event["kind"] == "skip"]
+    once = {(event["cause"], event["key"].split("/")[-1]) for event in skips}
+    assert {key for _, key in once} == {"s0061", "s0062", "s0063"}
+    assert len({cause for cause, _ in once}) == 3
+    assert rows(tmp_path / "dirty")[-1]["skipped_samples"] == len(skips)
+
+
+@pytest.mark.multiprocess
+def test_a_set_in_which_everything_is_rejected_stops_and_says_so(tmp_path: Path, run_cli: RunCli) -> None:
+    damaged_shard(tmp_path / "s.tar", good=0)
+    done = run_cli([*TRAIN, *overrides(tmp_path, "hopeless", f"data.train=[{{urls: [{tmp_path}/s.tar]}}]")])
+    assert done.returncode == 2
+    assert "cannot be used" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.multiprocess
+def test_help_says_how_to_use_it(run_cli: RunCli) -> None:
+    done = run_cli(["python", "cmpt/train.py", "--help"])
+    assert done.returncode == 0 and "recipes/quickstart.yaml" in done.stdout
