@@ -110,7 +110,8 @@ def test_packed_equals_per_image_loop(tower: str, dtype: torch.dtype, tolerance:
 
 def relative(found: torch.Tensor, expected: torch.Tensor | None) -> float:
     assert expected is not None
-    return float((found.detach().double() - expected.detach()).norm() / expected.norm().clamp_min(1e-9))
+    found, expected = found.detach().double(), expected.detach()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -115,6 +115,9 @@ def on_terminal(folder: Path, end: str) -> tuple[str, int]:
             break
         output += chunk
         if end == "wait" and not interrupted and b"300/1,000" in output:
+            time.sleep(
+                1
+            )  # the line is drawn by a thread: the main one is still in `log`, and libraries may catch there
             process.send_signal(signal.SIGINT)
             interrupted = True
     os.close(leader)
