@@ -149,15 +149,16 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     meters.add(counts)
                     for skip in counts.rejections:
                         monitor.event("skip", state.step, cause=skip.cause, key=skip.key, detail=skip.detail)
-                    if logs or plan.saves(state.step):
-                        result.require_finite(state.step)
+                    stop_signal = counts.stop_signal
+                    saves = plan.saves(state.step) or bool(stop_signal)
+                    if logs or saves:
+                        loss = result.global_loss(state.step)
                     if logs:
-                        monitor.log(metrics(state, phase.name, lr, masked, result, batch, loader, meters))
+                        monitor.log(metrics(state, phase.name, lr, loss, masked, result, batch, loader, meters))
                     if suite and plan.evaluates(state.step):
                         with meters.pause():
                             evaluate(suite, engine, monitor, state.step, batch, masked)
-                    stop_signal = counts.stop_signal
-                    if plan.saves(state.step) or stop_signal:
+                    if saves:
                         with meters.pause():
                             state.loader = LoaderState.merge(gather_objects(position)).to_json()
                             monitor.checkpoint(state.step, checkpoints.save(engine, state))
@@ -207,6 +208,7 @@ def metrics(
     state: TrainState,
     phase: str,
     lr: float,
+    loss: float,
     masked: Masked,
     result: StepResult,
     batch: ImageTextBatch,
@@ -222,7 +224,7 @@ def metrics(
         "samples_seen": samples_seen,
         "epoch": samples_seen / loader.samples_per_epoch,
         "phase": phase,
-        "loss": result.global_loss(),
+        "loss": loss,
         "lr": lr,
         "logit_scale": result.logit_scale.item(),
         "grad_norm": norms.get("total"),

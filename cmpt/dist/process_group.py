@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+
 def start(timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes, or make one of a single process: (rank, world, device).
 

@@ -28,15 +28,12 @@ class StepResult:
     logit_scale: Tensor  # [1], exp already taken
     gradient_norms: dict[str, float] | None  # by tower and "total", before clipping; only if asked for
 
-    def global_loss(self) -> float:
-        """Collective."""
-        return float(sum_over_ranks(self.loss.detach().double().cpu())) / dist.get_world_size()
-
-    def require_finite(self, step: int) -> None:
-        """Collective. Raises TrainingDivergedError, on every rank, before such a state is logged or saved."""
-        loss = self.global_loss()
+    def global_loss(self, step: int) -> float:
+        """Collective. Raises TrainingDivergedError, on every rank, so that such a state is not logged or saved."""
+        loss = float(sum_over_ranks(self.loss.detach().double().cpu())) / dist.get_world_size()
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"step {step}: the loss is {loss}; the newest checkpoint is from before that")
+        return loss
 
 
 def clip_step(

@@ -43,11 +43,8 @@ def pack(patches_BLP: Tensor, keep_BL: Tensor, grid: tuple[int, int]) -> PackedP
     kept_B = keep_BL.sum(dim=1)
     order_B = kept_B.argsort(descending=True, stable=True)
     order_B = order_B[: int((kept_B > 0).sum())]
-    if torch.equal(order_B, torch.arange(len(keep_BL), device=order_B.device)):
-        rows, columns = keep_BL.nonzero(as_tuple=True)
-    else:
-        rows, columns = keep_BL[order_B].nonzero(as_tuple=True)
-        rows = order_B[rows]
+    sequences, columns = keep_BL[order_B].nonzero(as_tuple=True)
+    rows = order_B[sequences]
     return PackedPatches(
         patches_TP=patches_BLP.reshape(-1, patches_BLP.shape[-1])[rows * patches_BLP.shape[1] + columns],
         position_T=columns,

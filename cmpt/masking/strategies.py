@@ -116,10 +116,10 @@ class MaskStage:
         """Rows that are not valid (holes) keep nothing and are not packed."""
         height, width = images_BCHW.shape[-2:]
         patches_BLP = standardise(patchify(images_BCHW, self.patch_size), self.image.mean, self.image.std)
-        keep_BL = torch.zeros(patches_BLP.shape[:2], dtype=torch.bool, device=images_BCHW.device)
         if valid_B is None or bool(valid_B.all()):
             keep_BL = self.strategy(patches_BLP, ordinal_B)
         else:
+            keep_BL = torch.zeros(patches_BLP.shape[:2], dtype=torch.bool, device=images_BCHW.device)
             keep_BL[valid_B] = self.strategy(patches_BLP[valid_B], ordinal_B[valid_B])
         grid = (height // self.patch_size, width // self.patch_size)
         threshold = self.control.threshold if isinstance(self.strategy, Cluster) else None

@@ -21,7 +21,7 @@ _GRID = 64  # thresholds tried at one time; three rounds give 2 / 64**3 = 8e-6
 _ROUNDS = 3
 _SHARE_OF_ERROR = 0.1
 _SLOPE_STEP = 0.02
-_LEAST_SLOPE = 0.1  # mask ratio per unit of threshold; photographs have 0.5 to 2
+_LEAST_SLOPE = 0.1  # mask ratio per unit of threshold; the clip art has 0.5
 
 
 @dataclass
