@@ -144,7 +144,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     mask.advance(counts.mask_ratio)
                     lr, logs = planned.learning_rate(state.step + 1), plan.logs(state.step + 1)
                     valid_B = batch.valid_B if counts.holes else None
-                    result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss.chunk_rows, logs)
+                    result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss, logs)
                     state.advance(mask.state(), counts.rejections)
                     meters.add(counts)
                     for skip in counts.rejections:
@@ -227,6 +227,7 @@ def metrics(
         "loss": loss,
         "lr": lr,
         "logit_scale": result.logit_scale.item(),
+        "logit_bias": None if result.logit_bias is None else result.logit_bias.item(),
         "grad_norm": norms.get("total"),
         "grad_norm_image": norms.get("visual"),
         "grad_norm_text": norms.get("text"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,6 +15,8 @@ from cmpt.batch import PackedPatches, PackedText
 from cmpt.dist.process_group import gather_with_gradient, sum_over_ranks
 from cmpt.engine import sharded
 from cmpt.losses.contrastive import info_nce
+from cmpt.losses.sigmoid import sigmoid_loss
+from cmpt.recipe.schema import Loss
 
 
 class TrainingDivergedError(RuntimeError):
@@ -26,6 +29,7 @@ class StepResult:
 
     loss: Tensor  # [], of this rank's rows; the mean over ranks is the loss of the global batch
     logit_scale: Tensor  # [1], exp already taken
+    logit_bias: Tensor | None  # [1], with the sigmoid loss
     gradient_norms: dict[str, float] | None  # by tower and "total", before clipping; only if asked for
 
     def global_loss(self, step: int) -> float:
@@ -42,7 +46,7 @@ def clip_step(
     text: PackedText,
     valid_B: Tensor | None,
     lr: float,
-    chunk_rows: int,
+    loss: Loss,
     with_gradient_norms: bool,
 ) -> StepResult:
     """Step the model on one batch; every rank calls it with its own rows, as many on every rank.
@@ -52,15 +56,17 @@ def clip_step(
     """
     rows = len(text.lengths)
     sharded.set_learning_rate(engine, lr)
-    image_BE, text_BE, scale = engine(images, text, rows)
+    image_BE, text_BE, scale, bias = engine(images, text, rows)
     pair_G2E = gather_with_gradient(torch.cat([image_BE, text_BE], dim=1))
     image_GE, text_GE = pair_G2E.chunk(2, dim=1)
     valid_G = None if valid_B is None else gather_with_gradient(valid_B.to(torch.int64)).bool()
-    first_row = dist.get_rank() * rows
-    loss = info_nce(
-        image_BE, text_BE, image_GE, text_GE, scale, first_row=first_row, chunk_rows=chunk_rows, valid_G=valid_G
-    )
-    engine.backward(loss)
+    how: dict[str, Any] = {"first_row": dist.get_rank() * rows, "chunk_rows": loss.chunk_rows, "valid_G": valid_G}
+    if loss.kind == "sigmoid":
+        assert bias is not None
+        value = sigmoid_loss(image_BE, text_GE, scale, bias, **how)
+    else:
+        value = info_nce(image_BE, text_BE, image_GE, text_GE, scale, **how)
+    engine.backward(value)
     norms = sharded.gradient_norms(engine) if with_gradient_norms else None
     engine.step()
-    return StepResult(loss.detach(), scale.detach(), norms)
+    return StepResult(value.detach(), scale.detach(), None if bias is None else bias.detach(), norms)

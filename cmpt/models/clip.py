@@ -1,4 +1,4 @@
-"""The two towers and the temperature between them."""
+"""The two towers, and the temperature and bias between them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,17 @@ class CLIP(nn.Module):
         self.text = TextTower(model)
         # Shape [1], not []: DeepSpeed cannot flatten a 0-dimensional parameter.
         self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = None if model.logit_bias_init is None else nn.Parameter(torch.empty(1))
         self.logit_scale_max = math.log(model.logit_scale_max)
         self.compute_dtype = torch.float32
         initialise(self, model, seed)
 
-    def forward(self, images: PackedPatches, text: PackedText, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image_BE, text_BE (fp32, unit length; zero rows where nothing was packed) and exp(logit_scale) [1]."""
-        return self.encode_image(images, batch_size), self.encode_text(text, batch_size), self.scale()
+    def forward(
+        self, images: PackedPatches, text: PackedText, batch_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """-> image_BE, text_BE (fp32, unit length; zero rows where nothing was packed), scale and bias [1]."""
+        bias = None if self.logit_bias is None else self.logit_bias.float()
+        return self.encode_image(images, batch_size), self.encode_text(text, batch_size), self.scale(), bias
 
     def encode_image(self, images: PackedPatches, batch_size: int) -> Tensor:
         return _unpack(self.visual(images, self.compute_dtype), images.order_B, batch_size)
@@ -79,12 +83,13 @@ class _Clamp(torch.autograd.Function):
 def parameter_groups(model: CLIP, names: Sequence[str] = ("visual", "text")) -> dict[str, dict[str, nn.Parameter]]:
     """Parameters by tower and by whether weight decay applies: "visual.decay", "visual.no_decay", …, "temperature".
 
-    No decay on vectors (gains, biases, the class token) and the temperature (CLIP, section 2.5).
+    No decay on vectors (gains, biases, the class token) and the temperature (CLIP, section 2.5);
+    the bias of the logits is with the latter.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {f"{n}.{k}": {} for n in names for k in ("decay", "no_decay")}
     groups["temperature"] = {}
     for name, parameter in model.named_parameters():
-        if name == "logit_scale":
+        if name in ("logit_scale", "logit_bias"):
             groups["temperature"][name] = parameter
             continue
         kind = "decay" if parameter.ndim > 1 else "no_decay"

@@ -36,13 +36,14 @@ def forward_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequ
 def training_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequence[int], global_batch: int) -> float:
     """FLOPs of one training step of these samples: forward, twice that backward, recomputed blocks, and the loss.
 
-    `global_batch`: columns of the logit matrix; each of the two directions is one product forward, two backward.
+    `global_batch`: columns of the logit matrix; each direction of the loss is one product forward, two backward.
     """
     assert model.embed_dim
     total = 3 * forward_flops(model, image_lengths, text_lengths)
     if model.activation_checkpointing:
         total += tower_flops(model.vision, [n + 1 for n in image_lengths]) + tower_flops(model.text, text_lengths)
-    return total + 2 * 3 * 2.0 * len(text_lengths) * global_batch * model.embed_dim
+    directions = 2 if model.logit_bias_init is None else 1  # of the sigmoid loss there is one
+    return total + directions * 3 * 2.0 * len(text_lengths) * global_batch * model.embed_dim
 
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (NVIDIA data sheets); None elsewhere: MFU is then unknown.

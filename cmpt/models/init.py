@@ -44,6 +44,12 @@ def initialise(clip: nn.Module, model: Model, seed: int) -> None:
             deviation = next((d for end, d in table.items() if name.endswith(end)), None)
             if name == "logit_scale":
                 parameter.fill_(math.log(1 / model.temperature_init))
+            elif name == "logit_bias":
+                assert model.logit_bias_init is not None
+                parameter.fill_(model.logit_bias_init)
+            elif name.endswith("gain"):
+                assert tower.layer_scale_init is not None
+                parameter.fill_(tower.layer_scale_init)
             elif deviation is not None:
                 parameter.normal_(0.0, deviation, generator=generator)
             elif name.endswith("bias"):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cmpt.ops.attention import packed_attention
+from cmpt.ops.attention import PackedAttention
 from cmpt.recipe.schema import Tower
 
 
@@ -41,35 +41,49 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch (arXiv 2103.17239, section 2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return x_TD * self.gain.to(x_TD.dtype)
+
+
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.causal = causal
         self.in_proj = Linear(width, 3 * width)
         self.out_proj = Linear(width, width)
 
-    def forward(self, x_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x_TD: Tensor, attend: PackedAttention) -> Tensor:
         tokens, width = x_TD.shape
         qkv_T3NH = self.in_proj(x_TD).view(tokens, 3, self.heads, width // self.heads)
-        return self.out_proj(packed_attention(qkv_T3NH, lengths, self.causal).view(tokens, width))
+        return self.out_proj(attend(qkv_T3NH).view(tokens, width))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with LayerScale, a gain on both branches."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, causal: bool, quick: bool) -> None:
+    def __init__(self, tower: Tower, quick: bool) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(width)
-        self.attn = Attention(width, heads, causal)
-        self.ln_2 = LayerNorm(width)
-        self.c_fc = Linear(width, int(width * mlp_ratio))
-        self.c_proj = Linear(int(width * mlp_ratio), width)
+        assert tower.width and tower.heads
+        width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+        self.ln_1 = LayerNorm(width, tower.layer_norm_eps)
+        self.attn = Attention(width, tower.heads)
+        self.ls_1 = nn.Identity() if tower.layer_scale_init is None else LayerScale(width)
+        self.ln_2 = LayerNorm(width, tower.layer_norm_eps)
+        self.c_fc = Linear(width, hidden)
+        self.c_proj = Linear(hidden, width)
+        self.ls_2 = nn.Identity() if tower.layer_scale_init is None else LayerScale(width)
         self.activation = quick_gelu if quick else F.gelu
 
-    def forward(self, x_TD: Tensor, lengths: Sequence[int]) -> Tensor:
-        x_TD = x_TD + self.attn(self.ln_1(x_TD), lengths)
-        return x_TD + self.c_proj(self.activation(self.c_fc(self.ln_2(x_TD))))
+    def forward(self, x_TD: Tensor, attend: PackedAttention) -> Tensor:
+        x_TD = x_TD + self.ls_1(self.attn(self.ln_1(x_TD), attend))
+        return x_TD + self.ls_2(self.c_proj(self.activation(self.c_fc(self.ln_2(x_TD)))))
 
 
 class Transformer(nn.Module):
@@ -77,15 +91,16 @@ class Transformer(nn.Module):
 
     def __init__(self, tower: Tower, causal: bool, quick: bool, recompute: bool) -> None:
         super().__init__()
-        assert tower.width and tower.layers and tower.heads
-        width, heads = tower.width, tower.heads
-        self.blocks = nn.ModuleList(Block(width, heads, tower.mlp_ratio, causal, quick) for _ in range(tower.layers))
+        assert tower.layers
+        self.blocks = nn.ModuleList(Block(tower, quick) for _ in range(tower.layers))
+        self.causal = causal
         self.recompute = recompute
 
     def forward(self, x_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+        attend = PackedAttention(lengths, self.causal, x_TD)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, lengths, use_reentrant=False)
+                x_TD = checkpoint(block, x_TD, attend, use_reentrant=False)
             else:
-                x_TD = block(x_TD, lengths)
+                x_TD = block(x_TD, attend)
         return x_TD

@@ -14,7 +14,8 @@ from cmpt.recipe.schema import Model
 class VisionTower(nn.Module):
     """Kept patches -> one embedding per image.
 
-    Every image gets its class token; positions are those of the whole image, whatever is hidden.
+    Every image gets its class token, with average pooling too; positions are those of the whole image, whatever is
+    hidden.
     """
 
     def __init__(self, model: Model, image_size: int) -> None:
@@ -26,11 +27,12 @@ class VisionTower(nn.Module):
         self.patch_embedding = Linear(3 * model.patch_size**2, tower.width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(tower.width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + side * side, tower.width))
-        self.ln_pre = LayerNorm(tower.width)
+        self.ln_pre = LayerNorm(tower.width, tower.layer_norm_eps)
         self.transformer = Transformer(
             tower, causal=False, quick=model.quick_gelu, recompute=model.activation_checkpointing
         )
-        self.ln_post = LayerNorm(tower.width)
+        self.ln_post = LayerNorm(tower.width, tower.layer_norm_eps)
+        self.averages = tower.pooling == "average"
         self.proj = Linear(tower.width, model.embed_dim, bias=False)
 
     def forward(self, images: PackedPatches, dtype: torch.dtype) -> Tensor:
@@ -52,7 +54,11 @@ class VisionTower(nn.Module):
         x_TD = x_TD.index_add(0, patch_rows, self.patch_embedding(images.patches_TP.to(dtype)))
 
         x_TD = self.transformer(self.ln_pre(x_TD), lengths)
-        return self.proj(self.ln_post(x_TD.index_select(0, class_rows)))
+        if not self.averages:
+            return self.proj(self.ln_post(x_TD.index_select(0, class_rows)))
+        patches_TD = self.ln_post(x_TD.index_select(0, patch_rows)).float()
+        sums_SD = patches_TD.new_zeros(sequences, patches_TD.shape[1]).index_add(0, sequence_T, patches_TD)
+        return self.proj((sums_SD / counts[:, None]).to(dtype))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid of patches [1 + L, D]; another grid than its own by bicubic interpolation."""

@@ -30,6 +30,7 @@ METRIC_KEYS = (
     "loss",
     "lr",
     "logit_scale",
+    "logit_bias",
     "grad_norm",
     "grad_norm_image",
     "grad_norm_text",

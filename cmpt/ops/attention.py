@@ -1,40 +1,102 @@
 """Attention over packed sequences: several sequences in one tensor, no padding, none sees another.
 
-One function, `packed_attention`, with one backend per kind of device: xformers' memory-efficient attention with a
-block-diagonal mask on CUDA, and on a CPU plain batched matrix products over runs of equally long sequences. Packing
-sorts sequences by length (masking/patches.py), so a batch has few runs, and one if all lengths are equal.
+`PackedAttention` is made once per pass of a tower and used by all its blocks. Its backend is one of
+
+    xformers  CUDA: memory-efficient attention with a block-diagonal mask, fp32 included
+    varlen    CUDA without xformers, bf16 and fp16: torch.nn.attention.varlen, the same packed sequences
+    products  everything else: plain batched matrix products over runs of equally long sequences, in fp32
+
+Packing sorts sequences by length (masking/patches.py), so a batch has few runs, and one if all lengths are equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
+
+
+class PackedAttention:
+    """Softmax attention within each of some packed sequences. With `causal`, a token sees itself and what is before."""
+
+    def __init__(self, lengths: Sequence[int], causal: bool, like: Tensor) -> None:
+        """`lengths`: tokens of each sequence, on the host. `like`: has the device and the dtype of what will come."""
+        self.lengths = tuple(lengths)
+        self.causal = causal
+        backend = attention_backend(like.device.type, like.dtype)
+        # A mask is made here, not once per block: making one copies the lengths to the device.
+        self._attend = _BACKENDS[backend if self.lengths else "products"](self.lengths, causal, like.device)
+
+    def __call__(self, qkv_T3NH: Tensor) -> Tensor:
+        """Queries, keys and values of all tokens [T, 3, heads, head width] -> [T, heads, head width], same dtype."""
+        return self._attend(qkv_T3NH)
+
 
 def packed_attention(qkv_T3NH: Tensor, lengths: Sequence[int], causal: bool) -> Tensor:
-    """Softmax attention within each of the packed sequences.
-
-    qkv_T3NH: queries, keys and values of all tokens [T, 3, heads, head width]; `lengths`: host list, sums to T.
-    Returns [T, heads, head width], in the dtype of the input. With `causal`, a token sees itself and what is before.
-    """
-    if qkv_T3NH.is_cuda and len(qkv_T3NH):
-        return _xformers_attention(qkv_T3NH, lengths, causal)
-    return _RunAttention.apply(qkv_T3NH, tuple(lengths), causal)
+    """`PackedAttention` for a single use."""
+    return PackedAttention(lengths, causal, qkv_T3NH)(qkv_T3NH)
 
 
-def _xformers_attention(qkv_T3NH: Tensor, lengths: Sequence[int], causal: bool) -> Tensor:
+@cache
+def attention_backend(device_type: str, dtype: torch.dtype) -> str:
+    """Which of the backends above this device and dtype get; said once in the log."""
+    backend = "products"
+    if device_type == "cuda":
+        if importlib.util.find_spec("xformers") is not None:
+            backend = "xformers"
+        elif dtype in (torch.bfloat16, torch.float16):
+            backend = "varlen"
+    _log.info("packed attention on %s in %s: %s", device_type, dtype, backend)
+    return backend
+
+
+def _xformers(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
     # Imported here: on a CPU the import only prints warnings, and the package is in the extra `gpu`.
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
 
     mask_type = BlockDiagonalCausalMask if causal else BlockDiagonalMask
-    mask = mask_type.from_seqlens(list(lengths))
-    query, key, value = qkv_T3NH.unsqueeze(0).unbind(2)
-    return memory_efficient_attention(query, key, value, attn_bias=mask)[0]
+    mask = mask_type.from_seqlens(lengths, device=device)
+
+    def attend(qkv_T3NH: Tensor) -> Tensor:
+        query, key, value = qkv_T3NH.unsqueeze(0).unbind(2)
+        return memory_efficient_attention(query, key, value, attn_bias=mask)[0]
+
+    return attend
+
+
+def _varlen(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.12 says causality by a window, releases before it by a flag.
+    windowed = "window_size" in inspect.signature(varlen_attn).parameters
+    how: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if windowed else {"is_causal": causal}
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    longest = max(lengths)
+
+    def attend(qkv_T3NH: Tensor) -> Tensor:
+        query, key, value = qkv_T3NH.unbind(1)
+        out_TNH = varlen_attn(query, key, value, starts, starts, longest, longest, **how)
+        assert isinstance(out_TNH, Tensor)
+        return out_TNH
+
+    return attend
+
+
+def _products(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda qkv_T3NH: _RunAttention.apply(qkv_T3NH, lengths, causal)
+
+
+_BACKENDS = {"xformers": _xformers, "varlen": _varlen, "products": _products}
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int, int]]:

@@ -45,10 +45,14 @@ RANGES = {
     "model.vision.layers": ">= 1",
     "model.vision.heads": ">= 1",
     "model.vision.mlp_ratio": "> 0",
+    "model.vision.layer_norm_eps": "> 0",
+    "model.vision.layer_scale_init": "> 0",
     "model.text.width": ">= 1",
     "model.text.layers": ">= 1",
     "model.text.heads": ">= 1",
     "model.text.mlp_ratio": "> 0",
+    "model.text.layer_norm_eps": "> 0",
+    "model.text.layer_scale_init": "> 0",
     "model.context_length": ">= 3",  # start, one token, end
     "model.vocab_size": ">= 3",
     "model.temperature_init": "> 0",
@@ -72,7 +76,9 @@ CHOICES = {
     "tokenizer.kind": ("sentencepiece", "clip_bpe"),
     "data.caption_extension": ("txt", "json"),
     "masking.strategy": ("cluster", "random", "none"),
-    "loss.kind": ("infonce",),
+    "model.vision.pooling": ("class_token", "average"),
+    "model.text.pooling": ("eos", "argmax"),
+    "loss.kind": ("infonce", "sigmoid"),
     "engine.precision": ("bf16", "fp32"),
 }
 DURATIONS = ("run.duration", "run.log_every", "run.checkpoint_every", "run.stop_after", "evaluation.every")
@@ -176,6 +182,11 @@ class _Checker:
             constraint = f"1 / this must be <= model.logit_scale_max = {model.logit_scale_max}"
             fits = 1 / model.temperature_init <= model.logit_scale_max * (1 + 1e-9)
             self.require(fits, "model.temperature_init", model.temperature_init, constraint)
+        with_bias, given = self.recipe.loss.kind == "sigmoid", model.logit_bias_init is not None
+        constraint = f"must be {'given' if with_bias else 'null'} with loss.kind = {self.recipe.loss.kind}"
+        self.require(with_bias == given, "model.logit_bias_init", model.logit_bias_init, constraint)
+        if model.init_from is not None and not os.path.exists(resolve_path(model.init_from)):
+            self.fault("model.init_from", model.init_from, "no such file or folder")
 
     def split(self) -> None:
         streams, batch_size, world_size = self.recipe.data.streams, self.recipe.engine.batch_size, self.world_size

@@ -149,8 +149,8 @@ class Layers:
         return there
 
     def fill(self, section: dict[str, Any], name: str, value: Any, key: str, origin: str) -> None:
-        """Set a field that is null."""
-        if name in section and section[name] is None:
+        """Set a field that neither a file nor the command line has given."""
+        if name in section and self.origin(key) == SCHEMA_DEFAULT:
             section[name] = value
             self._origins[key] = origin
 

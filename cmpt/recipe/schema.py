@@ -106,18 +106,38 @@ class Tower:
     """Attention heads; divides the width."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward part, as a multiple of the width."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in every LayerNorm of the tower."""
+    layer_scale_init: float | None = None
+    """Initial gain of every residual branch, learned per channel (LayerScale, arXiv 2103.17239); null: none."""
+
+
+@dataclass
+class Vision(Tower):
+    pooling: str = "class_token"
+    """"class_token", or "average": the mean over the patches that are kept, after the last LayerNorm."""
+
+
+@dataclass
+class Text(Tower):
+    pooling: str = "eos"
+    """"eos": at the end-of-text token. "argmax": at the token with the largest id, which is the end of text in CLIP's
+    vocabulary and what open_clip's own models do."""
 
 
 @dataclass
 class Model:
     preset: str | None = None
-    """A named size from recipe/presets.py, e.g. "ViT-B-16"; fills what is left null below. Null: all is given."""
+    """A named size from recipe/presets.py, e.g. "ViT-B-16"; fills what is not given below. Null: all is given."""
+    init_from: str | None = None
+    """Start from these weights, of exactly this architecture: an open_clip folder (what tools/export.py writes, or a
+    local copy of a hub repository), or a .safetensors or .pt file of open_clip's native ViT kind."""
     patch_size: int | None = None
     """Side of a square patch in pixels."""
     embed_dim: int | None = None
     """Width E of the joint embedding."""
-    vision: Tower = field(default_factory=Tower)
-    text: Tower = field(default_factory=Tower)
+    vision: Vision = field(default_factory=Vision)
+    text: Text = field(default_factory=Text)
     context_length: int = 77
     """Most tokens of a caption, end-of-text included; longer ones are cut before it."""
     vocab_size: int | None = None
@@ -128,6 +148,8 @@ class Model:
     """Initial temperature; logit_scale starts at ln(1 / this) (CLIP, section 2.5)."""
     logit_scale_max: float = 100.0
     """exp(logit_scale) is held at or below this (CLIP, section 2.5)."""
+    logit_bias_init: float | None = None
+    """Initial value of a learned bias on the logits, for the sigmoid loss (SigLIP: -10); null: no bias."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
@@ -165,7 +187,7 @@ class Optimizer:
 @dataclass
 class Loss:
     kind: str = "infonce"
-    """"infonce" (CLIP)."""
+    """"infonce" (CLIP), or "sigmoid" (SigLIP, arXiv 2303.15343), which needs model.logit_bias_init."""
     chunk_rows: int = 1024
     """Rows of the logit matrix that exist at one time; memory of the loss is chunk_rows x global batch."""
 

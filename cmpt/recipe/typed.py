@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from difflib import SequenceMatcher, get_close_matches
 from functools import cache
@@ -99,11 +99,11 @@ def _likeness(key: str, name: str) -> float:
     return sum(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
 
 
-def nearest_choice(value: str, choices: Iterable[str]) -> str:
+def nearest_choice(value: str, choices: Collection[str]) -> str:
     """ "expected ...; did you mean ...?" for a name that is not among the choices."""
-    near = get_close_matches(value.lower(), list(choices), n=1, cutoff=0.5)
-    folded = [choice for choice in choices if choice.lower() == value.lower()]
-    best = (folded or near or [""])[0]
+    folded = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(value.lower(), folded, n=1, cutoff=0.5)
+    best = folded[near[0]] if near else ""
     return f"expected one of {', '.join(choices)}" + (f"; did you mean {best}?" if best else "")
 
 

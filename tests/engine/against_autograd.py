@@ -24,14 +24,14 @@ from cmpt.engine.step import clip_step
 from cmpt.losses.contrastive import info_nce
 from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP, parameter_groups
-from cmpt.recipe.schema import Engine, Image, Masking, Model, Optimizer, Tower
+from cmpt.recipe.schema import Engine, Image, Loss, Masking, Model, Optimizer, Text, Vision
 
 BATCH, STEPS, TEXT = 8, 4, 5
 MODEL = Model(
     patch_size=8,
     embed_dim=20,
-    vision=Tower(width=36, layers=2, heads=2),
-    text=Tower(width=28, layers=2, heads=2),
+    vision=Vision(width=36, layers=2, heads=2),
+    text=Text(width=28, layers=2, heads=2),
     context_length=8,
     vocab_size=61,
 )
@@ -78,7 +78,7 @@ def main() -> None:
             after = dict(sharded.full_state(engine))
             round_trip = all(torch.equal(before[n][k], after[n][k]) for n in before for k in before[n])
             round_trip = round_trip and sharded.optimizer_steps(engine) == steps == step
-        image, text, scale = reference(*rows_of(step, list(range(BATCH))), BATCH)
+        image, text, scale, _ = reference(*rows_of(step, list(range(BATCH))), BATCH)
         loss = info_nce(image, text, image, text, scale)
         adamw.zero_grad()
         loss.backward()
@@ -92,7 +92,7 @@ def main() -> None:
         adamw.step()
         own = BATCH // world
         patches, text_rows = rows_of(step, list(range(rank * own, (rank + 1) * own)))
-        result = clip_step(engine, patches, text_rows, None, OPTIMIZER.lr, 3, True)
+        result = clip_step(engine, patches, text_rows, None, OPTIMIZER.lr, Loss(chunk_rows=3), True)
         total = float(sum_over_ranks(result.loss.double())) / world
         losses.append(abs(total - float(loss)) / float(loss))
         assert result.gradient_norms is not None

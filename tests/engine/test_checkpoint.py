@@ -12,21 +12,20 @@ from cmpt.engine import sharded
 from cmpt.engine.build import DeepSpeedEngine, build_engine
 from cmpt.engine.checkpoint import MANIFEST, CheckpointError, Checkpoints, TrainState, verify
 from cmpt.models.clip import CLIP
-from cmpt.recipe.schema import Engine, Model, Optimizer, Tower
+from cmpt.recipe.schema import Engine, Model, Optimizer, Text, Vision
 
 MODEL = Model(
     patch_size=8,
     embed_dim=16,
-    vision=Tower(width=16, layers=1, heads=2),
-    text=Tower(width=16, layers=1, heads=2),
+    vision=Vision(width=16, layers=1, heads=2),
+    text=Text(width=16, layers=1, heads=2),
     context_length=8,
     vocab_size=20,
 )
 
 
 def new_engine(seed: int, width: int = 16) -> DeepSpeedEngine:
-    tower = Tower(width=width, layers=1, heads=2)
-    model = Model(**{**vars(MODEL), "vision": tower})
+    model = Model(**{**vars(MODEL), "vision": Vision(width=width, layers=1, heads=2)})
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return build_engine(CLIP(model, 16, seed), Engine(batch_size=4, precision="fp32"), Optimizer(), 1, device)
 

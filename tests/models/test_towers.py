@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from cmpt.batch import PackedPatches, PackedText
 from cmpt.masking.patches import pack, patchify, standardise
 from cmpt.models.clip import CLIP, parameter_groups
-from cmpt.recipe.schema import Image, Model, Tower
+from cmpt.recipe.schema import Image, Model, Text, Vision
 
 MODEL = Model(
     patch_size=8,
     embed_dim=24,
-    vision=Tower(width=32, layers=3, heads=2),
-    text=Tower(width=48, layers=2, heads=3),
+    vision=Vision(width=32, layers=3, heads=2),
+    text=Text(width=48, layers=2, heads=3),
     context_length=16,
     vocab_size=50,
 )

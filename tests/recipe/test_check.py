@@ -10,7 +10,7 @@ import pytest
 
 from cmpt.recipe import check_recipe, load_recipe
 from cmpt.recipe.check import CHOICES, RANGES
-from cmpt.recipe.schema import Data, Engine, Image, Model, Phase, Recipe, Run, Source, Tokenizer, Tower
+from cmpt.recipe.schema import Data, Engine, Image, Model, Phase, Recipe, Run, Source, Text, Tokenizer, Vision
 from cmpt.recipe.typed import flat, plain
 
 
@@ -20,13 +20,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.chdir(tmp_path)
     for name in ("a-0.tar", "a-1.tar", "b.tar", "tokenizer.model"):
         (tmp_path / name).write_bytes(b"")
-    tower = Tower(64, 2, 4)
     return Recipe(
         run=Run(duration="10 steps"),
         data=Data(train=[Source(["a-{0..1}.tar"])], heldout=["b.tar"], streams=8),
         tokenizer=Tokenizer(path="tokenizer.model"),
         image=Image(size=32),
-        model=Model(patch_size=8, embed_dim=32, vision=tower, text=Tower(64, 2, 4)),
+        model=Model(patch_size=8, embed_dim=32, vision=Vision(64, 2, 4), text=Text(64, 2, 4)),
         engine=Engine(batch_size=64),
     )
 
@@ -106,7 +105,14 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("optimizer.warmup", "-5 steps", 'optimizer.warmup = "-5 steps": must not be negative'),
     ("optimizer.betas", (0.9, 1.0), "optimizer.betas = [0.9, 1.0]: must be >= 0 and < 1"),
     ("optimizer.clip_norm", 0.0, "optimizer.clip_norm = 0.0: must be > 0"),
-    ("loss.kind", "InfoNCE", 'loss.kind = "InfoNCE": expected one of infonce; did you mean infonce?'),
+    ("loss.kind", "InfoNCE", 'loss.kind = "InfoNCE": expected one of infonce, sigmoid; did you mean infonce?'),
+    ("loss.kind", "sigmoid", "model.logit_bias_init = null: must be given with loss.kind = sigmoid"),
+    ("model.logit_bias_init", -10.0, "model.logit_bias_init = -10.0: must be null with loss.kind = infonce"),
+    ("model.init_from", "gone", 'model.init_from = "gone": no such file or folder'),
+    ("model.vision.pooling", "mean", 'model.vision.pooling = "mean": expected one of class_token, average'),
+    ("model.text.pooling", "last", 'model.text.pooling = "last": expected one of eos, argmax'),
+    ("model.text.layer_norm_eps", 0.0, "model.text.layer_norm_eps = 0.0: must be > 0"),
+    ("model.vision.layer_scale_init", 0.0, "model.vision.layer_scale_init = 0.0: must be > 0"),
     ("loss.chunk_rows", 0, "loss.chunk_rows = 0: must be >= 1"),
     ("engine.batch_size", 60, "engine.batch_size = 60: must be a multiple of data.streams = 8"),
     ("engine.precision", "fp16", 'engine.precision = "fp16": expected one of bf16, fp32; did you mean bf16?'),

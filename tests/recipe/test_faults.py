@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmpt.recipe import RecipeError, load_recipe
+from cmpt.recipe.presets import PRESETS
 
 DURATION = 'expected text with a unit, such as "2000 steps"'
 
@@ -74,8 +75,8 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(text: str, fault: st
         ("engine: {deepspeed: 3}", "engine.deepspeed = 3: expected a mapping"),
         ("loss:", "loss = null: expected a section with any of kind, chunk_rows"),
         ("run: {name: {x: 1}}", 'run.name = {"x": 1}: expected text'),
-        ("model: {preset: VIT-B16}", 'model.preset = "VIT-B16": expected one of tiny-8, ViT-B-32, ViT-B-16, ViT-L-14, '
-         "ViT-H-14; did you mean ViT-B-16?"),
+        ("model: {preset: VIT-B16}", f'model.preset = "VIT-B16": expected one of {", ".join(PRESETS)}; '
+         "did you mean ViT-B-16?"),
         ("run: {name: '${nope}'}", "run.name = \"${nope}\": Interpolation key 'nope' not found"),
         ("run: {name: '${run.name}'}", 'run.name = "${run.name}": Recursive interpolation detected'),
         ("run: {seed: '${run.name}'}", 'run.seed = "run": expected a whole number'),
