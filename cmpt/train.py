@@ -38,8 +38,9 @@ from cmpt.data.validate import DataError
 from cmpt.dist import process_group
 from cmpt.dist.process_group import gather_objects, sum_over_ranks
 from cmpt.engine.build import DeepSpeedEngine, build_engine, clip_of
-from cmpt.engine.checkpoint import CheckpointError, Checkpoints, TrainState
+from cmpt.engine.checkpoint import Checkpoints, TrainState
 from cmpt.engine.counts import count_step
+from cmpt.engine.manifest import CheckpointError
 from cmpt.engine.plan import Plan
 from cmpt.engine.run_folder import conflict, prepare, run_folder
 from cmpt.engine.signals import StopSignals
@@ -49,10 +50,13 @@ from cmpt.evals.suite import HeldoutSuite
 from cmpt.masking.strategies import Masked, MaskStage
 from cmpt.models.clip import CLIP
 from cmpt.models.flops import peak_flops
+from cmpt.models.open_clip_format import FormatError
+from cmpt.models.pretrained import load_pretrained
 from cmpt.monitor.meters import Meters
 from cmpt.monitor.monitor import Monitor
 from cmpt.monitor.pictures import mask_grid, query_grid
 from cmpt.monitor.report import write_report
+from cmpt.ops.attention import attention_backend
 from cmpt.recipe import RecipeError, check_recipe, load_recipe
 from cmpt.recipe.schema import Recipe
 
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank, world_size, device = process_group.start()
     try:
         return train(recipe, rank, world_size, device)
-    except (DataError, CheckpointError, RecipeError, TrainingDivergedError) as error:
+    except (DataError, CheckpointError, FormatError, RecipeError, TrainingDivergedError) as error:
         # What a user can mend is said in a line; everything else keeps its traceback.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
@@ -111,6 +115,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     suite = build_suite(recipe, tokenizer, rank, world_size, device)
     plan = Plan(recipe, loader.samples_per_epoch)
     clip = CLIP(recipe.model, recipe.image.size, recipe.run.seed)
+    starts = recipe.run.overwrite or not any((folder / "checkpoints").glob("step_*"))
+    if recipe.model.init_from and starts:
+        load_pretrained(clip, recipe.model, recipe.image.size, recipe.model.init_from)
     parameters = sum(parameter.numel() for parameter in clip.parameters())
     engine = build_engine(clip, recipe.engine, recipe.optimizer, world_size, device)
     if primary:
@@ -129,7 +136,8 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     with Monitor(folder, recipe.run.name, plan.total_steps, state.step, primary) as monitor, StopSignals() as signals:
         for fault in checkpoints.faults:
             monitor.event("warning", state.step, text=fault)
-        monitor.event("model", state.step, parameters=parameters)
+        backend = attention_backend(device.type, clip.compute_dtype)
+        monitor.event("model", state.step, parameters=parameters, attention=backend, init_from=recipe.model.init_from)
         stop_signal = 0
         for planned in plan.remaining(state.step):
             phase = planned.phase

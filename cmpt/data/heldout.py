@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ class HeldoutSet:
         """One image as the evaluation sees it: uint8 [3, size, size]. Raises UnusableError if the decoder refuses."""
         sample = self._read(self._places[index])
         return heldout_pixels(sample.image, sample.header, self._image.size)
+
+    def image_file(self, index: int) -> io.BytesIO:
+        """The bytes of one image as they are stored."""
+        return io.BytesIO(self._read(self._places[index]).image)
 
     def batches(self, rank: int, world_size: int, batch_size: int) -> Iterator[HeldoutBatch]:
         """This rank's share in batches of at most `batch_size`, decoded one batch ahead.

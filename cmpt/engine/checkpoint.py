@@ -13,10 +13,7 @@ is pickled. There is no generator state: all randomness is keyed by the seed and
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,9 +27,16 @@ from torch import Tensor
 from cmpt.batch import Rejection
 from cmpt.dist.process_group import barrier, broadcast_object
 from cmpt.engine import sharded
-
-MANIFEST = "MANIFEST.json"
-FORMAT = 1
+from cmpt.engine.manifest import (
+    FORMAT,
+    PARAMETERS,
+    STATE,
+    CheckpointError,
+    checkpoints_newest_first,
+    sync,
+    verify,
+    write_manifest,
+)
 
 
 @dataclass
@@ -58,10 +62,6 @@ class TrainState:
         self.masking = masking
         for rejection in rejections:
             self.skipped[rejection.cause] = self.skipped.get(rejection.cause, 0) + 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is not what its manifest says."""
 
 
 class Checkpoints:
@@ -106,7 +106,7 @@ class Checkpoints:
         """
         chosen: str | None = None
         if engine.global_rank == 0:
-            for candidate in self._newest_first():
+            for candidate in checkpoints_newest_first(self.folder):
                 try:
                     verify(candidate)
                 except CheckpointError as fault:
@@ -124,12 +124,8 @@ class Checkpoints:
             return None
         return load(Path(chosen), engine)
 
-    def _newest_first(self) -> list[Path]:
-        found = [p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()]
-        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
     def _prune(self) -> None:
-        for old in self._newest_first()[max(1, self.keep) :]:
+        for old in checkpoints_newest_first(self.folder)[max(1, self.keep) :]:
             # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
             doomed = old.with_name(f".deleting_{old.name}")
             old.rename(doomed)
@@ -144,7 +140,7 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
 
     Raises CheckpointError, naming the tensors, if the checkpoint is of another model.
     """
-    parameters = load_file(folder / "model.safetensors")
+    parameters = load_file(folder / PARAMETERS)
     moments = load_file(folder / "optimizer.safetensors")
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     found = {name: tuple(value.shape) for name, value in parameters.items()}
@@ -152,7 +148,7 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         shapes = ", ".join(f"{n} (model {expected.get(n)}, checkpoint {found.get(n)})" for n in wrong[:3])
         raise CheckpointError(f"{folder}: {len(wrong)} tensors do not fit the model: {shapes}")
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     steps = state.pop("optimizer_steps")
     if state.pop("format") != FORMAT:
         raise CheckpointError(f"{folder}: written by another version of cmpt")
@@ -165,53 +161,20 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
     return TrainState(**state)
 
 
-def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"{folder}: no readable {MANIFEST} ({cause})") from cause
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: its SHA-256 is not the manifest's")
-
-
 def _write_folder(
     final: Path, parameters: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     beside = final.with_name(f".writing_{final.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file(parameters, beside / "model.safetensors")
+    save_file(parameters, beside / PARAMETERS)
     save_file(moments, beside / "optimizer.safetensors")
-    (beside / "state.json").write_text(json.dumps(state, indent=1))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(beside.iterdir())}
-    (beside / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state["step"], "files": files}, indent=1))
-    for path in (*beside.iterdir(), beside):
-        _sync(path)
+    (beside / STATE).write_text(json.dumps(state, indent=1))
+    write_manifest(beside, state["step"])
     verify(beside)
     if final.exists():  # the same step again, after a resume; what lies there may be unsound
         doomed = final.with_name(f".deleting_{final.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         final.rename(doomed)
     beside.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    sync(final.parent)

@@ -199,7 +199,7 @@ class Engine:
     precision: str = "bf16"
     """"bf16" (activations and products; parameters and optimizer stay fp32) or "fp32"."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 0 … 3."""
+    """DeepSpeed ZeRO stage, 0 … 3; one process alone always runs as stage 0, since there is nothing to share."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Passed through into the DeepSpeed configuration, over what cmpt sets."""
 

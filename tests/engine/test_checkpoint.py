@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from cmpt.dist import process_group
 from cmpt.engine import sharded
 from cmpt.engine.build import DeepSpeedEngine, build_engine
-from cmpt.engine.checkpoint import MANIFEST, CheckpointError, Checkpoints, TrainState, verify
+from cmpt.engine.checkpoint import Checkpoints, TrainState
+from cmpt.engine.manifest import MANIFEST, CheckpointError, verify
 from cmpt.models.clip import CLIP
 from cmpt.recipe.schema import Engine, Model, Optimizer, Text, Vision
 

@@ -1,0 +1,289 @@
+"""The training step of cmpt and of open_clip, side by side in one process:
+
+    python tools/bench_step.py --against open_clip [--preset ViT-B-16] [--batch-size 32] [--rounds 5]
+
+Same architecture and initial weights, same images and captions (of the embedded clip art, at the model's image size),
+same batch and precision. Every round runs one step of every side, in an order that rotates; the ratio of two sides is
+the median over rounds of the ratios within a round. Timed is everything from decoded uint8 images (cmpt) or normalised
+float images (open_clip) and token ids on the device to the optimizer's step. Peak memory is measured in a process of
+its own for every side. Before timing, the losses of both sides without masking are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmpt.batch import ImageTextBatch
+from cmpt.data.streams import LoaderState
+from cmpt.data.tokenizer import open_tokenizer
+from cmpt.dist import process_group
+from cmpt.engine.build import build_engine
+from cmpt.engine.step import clip_step
+from cmpt.masking.patches import standardise
+from cmpt.masking.strategies import MaskStage
+from cmpt.models.clip import CLIP
+from cmpt.models.flops import peak_flops, training_flops
+from cmpt.models.open_clip_format import from_open_clip
+from cmpt.recipe import load_recipe
+from cmpt.recipe.schema import Masking, Recipe
+from cmpt.train import build_loader, with_vocabulary
+from with_open_clip import import_open_clip
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIDES = {
+    "cmpt cluster": "cmpt, cluster masking 50 %",
+    "cmpt none": "cmpt, no masking",
+    "open_clip": "open_clip, no masking",
+    "open_clip dropout": "open_clip, patch dropout 0.5",
+}
+# (faster side, slower side, what the project aims at)
+RATIOS = (
+    ("cmpt cluster", "open_clip", 2.0),
+    ("cmpt cluster", "open_clip dropout", 1.2),
+    ("cmpt none", "open_clip", 1.08),
+)
+Step = Callable[[ImageTextBatch], float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", choices=["open_clip"], default="open_clip")
+    parser.add_argument("--preset", default="ViT-B-16", help="a size that open_clip has too (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that warms up")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the measurement of peak memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measured value there")
+    parser.add_argument("--peak-of", choices=list(SIDES), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+
+    if options.peak_of:
+        print(json.dumps({"peak_bytes": peak_bytes(options)}))
+        return 0
+    peaks = {} if options.no_memory else {side: measured_peak(options, side) for side in options.sides}
+    _, _, device = process_group.start()
+    try:
+        report(options, device, *timed(options, device), peaks)
+    finally:
+        process_group.stop()
+    return 0
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """ViT at 224 pixels with CLIP's vocabulary, on the embedded pictures."""
+    overrides = [
+        f"model.preset={options.preset}",
+        f"engine.batch_size={options.batch_size}",
+        f"engine.precision={options.precision}",
+        "data.streams=1",
+    ]
+    quickstart = load_recipe(str(REPOSITORY / "recipes/quickstart.yaml")).recipe
+    recipe = load_recipe(str(REPOSITORY / "recipes/base.yaml"), overrides).recipe
+    recipe.data.train, recipe.data.caption_extension = quickstart.data.train, quickstart.data.caption_extension
+    recipe.data.caption_field = quickstart.data.caption_field
+    return with_vocabulary(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length))
+
+
+def batches_of(recipe: Recipe, count: int, device: torch.device) -> list[ImageTextBatch]:
+    loader = build_loader(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length), 0, 1)
+    state: LoaderState = loader.initial_state()
+    found = []
+    for batch, _ in loader.batches(state):
+        found.append(batch.to(device))
+        if len(found) == count:
+            return found
+    raise AssertionError("the loader never ends")
+
+
+def open_clip_model(options: argparse.Namespace, patch_dropout: float, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    precision = "amp_bf16" if options.precision == "bf16" else "fp32"
+    return import_open_clip().create_model(
+        options.preset, load_weights=False, precision=precision, device=device, force_patch_dropout=patch_dropout
+    )
+
+
+def cmpt_step(options: argparse.Namespace, recipe: Recipe, strategy: str, device: torch.device) -> Step:
+    """One step as cmpt/train.py takes it, from the decoded batch on."""
+    assert recipe.model.patch_size
+    clip = CLIP(recipe.model, recipe.image.size)
+    theirs = open_clip_model(options, 0.0, torch.device("cpu"))
+    clip.load_state_dict(from_open_clip(theirs.state_dict(), recipe.model, recipe.image.size))
+    del theirs
+    if options.compile:
+        for tower in (clip.visual, clip.text):
+            for block in tower.transformer.blocks:
+                block.compile(dynamic=True)
+    engine = build_engine(clip, recipe.engine, recipe.optimizer, 1, device)
+    mask = MaskStage(Masking(strategy=strategy), recipe.image, recipe.model.patch_size, seed=0)
+
+    def step(batch: ImageTextBatch) -> float:
+        masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
+        mask.advance(1 - masked.keep_BL.double().mean().item())
+        result = clip_step(engine, masked.patches, batch.text, None, recipe.optimizer.lr, recipe.loss, False)
+        step.lengths = masked.patches.lengths  # type: ignore[attr-defined]
+        return float(result.loss)
+
+    return step
+
+
+def open_clip_step(options: argparse.Namespace, recipe: Recipe, patch_dropout: float, device: torch.device) -> Step:
+    """One step as open_clip_train takes it: autocast, its loss, AdamW with its parameter groups, the clamp."""
+    open_clip = import_open_clip()
+    model = open_clip_model(options, patch_dropout, device).train()
+    loss_of = open_clip.ClipLoss()
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    settings = recipe.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+    forward = torch.compile(model) if options.compile else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+
+    def step(batch: ImageTextBatch) -> float:
+        images, ids = open_clip_inputs(recipe, batch)
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        with autocast:
+            image, text, scale = forward(images, ids)[:3]
+            loss = loss_of(image, text, scale)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, recipe.model.logit_scale_max)
+        value = float(loss)
+        step.seconds = time.perf_counter() - began  # type: ignore[attr-defined]
+        return value
+
+    return step
+
+
+def open_clip_inputs(recipe: Recipe, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+    """Normalised images and padded ids, as its data pipeline would deliver them."""
+    images_BCHW = batch.images_BCHW.contiguous()
+    flat = standardise(images_BCHW.flatten(1), recipe.image.mean, recipe.image.std)
+    ids = torch.zeros(len(images_BCHW), recipe.model.context_length, dtype=torch.int64, device=images_BCHW.device)
+    text = batch.text
+    rows = torch.repeat_interleave(text.order_B, torch.tensor(text.lengths, device=ids.device))
+    ids[rows, text.position_U] = text.ids_U
+    return flat.view(images_BCHW.shape), ids
+
+
+def build(options: argparse.Namespace, side: str, recipe: Recipe, device: torch.device) -> Step:
+    if side.startswith("cmpt"):
+        return cmpt_step(options, recipe, side.split()[1], device)
+    return open_clip_step(options, recipe, 0.5 if side.endswith("dropout") else 0.0, device)
+
+
+def timed(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every round by side, and FLOPs of a cmpt step by side (of its last round)."""
+    recipe = recipe_of(options)
+    batches = batches_of(recipe, options.rounds + 1, device)
+    steps = {side: build(options, side, recipe, device) for side in options.sides}
+    seconds: dict[str, list[float]] = {side: [] for side in steps}
+    first_losses, flops = {}, {}
+    for number, batch in enumerate(batches):
+        names = list(steps)
+        for side in names[number % len(names) :] + names[: number % len(names)]:
+            gc.collect()
+            synchronise(device)
+            began = time.perf_counter()
+            loss = steps[side](batch)
+            synchronise(device)
+            took = time.perf_counter() - began
+            if number == 0:
+                first_losses[side] = loss
+            else:
+                seconds[side].append(getattr(steps[side], "seconds", took))
+            lengths = getattr(steps[side], "lengths", None)
+            if lengths:
+                flops[side] = training_flops(recipe.model, lengths, batch.text.lengths, options.batch_size)
+        if sys.stderr.isatty():
+            print(f"round {number} of {options.rounds}", end="\r", file=sys.stderr)
+    if {"cmpt none", "open_clip"} <= first_losses.keys():
+        apart = abs(first_losses["cmpt none"] - first_losses["open_clip"])
+        assert apart < (2e-2 if options.precision == "bf16" else 1e-4), (
+            f"the sides compute different losses: {first_losses}"
+        )
+        print("first loss without masking: " + ", ".join(f"{side} {loss:.4f}" for side, loss in first_losses.items()))
+    return seconds, flops
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(options: argparse.Namespace) -> int:
+    """Peak memory of two steps of one side above what the process held before its model was built."""
+    _, _, device = process_group.start()
+    recipe = recipe_of(options)
+    batches = batches_of(recipe, 2, device)
+    import_open_clip()
+    before = 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = build(options, options.peak_of, recipe, device)
+    for batch in batches:
+        step(batch)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def measured_peak(options: argparse.Namespace, side: str) -> int:
+    command = [sys.executable, __file__, "--peak-of", side, "--preset", options.preset]
+    command += ["--batch-size", str(options.batch_size), "--precision", options.precision]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the memory of {side} could not be measured:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def report(
+    options: argparse.Namespace,
+    device: torch.device,
+    seconds: dict[str, list[float]],
+    flops: dict[str, float],
+    peaks: dict[str, int],
+) -> None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    peak = peak_flops(name)
+    print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {name}, torch {torch.__version__}, "
+          f"median of {options.rounds} rounds\n")  # fmt: skip
+    print("| | s per step | pairs/s | TFLOP/s | MFU | peak memory |\n|-|-|-|-|-|-|")
+    for side, values in seconds.items():
+        median = statistics.median(values)
+        rate = flops[side] / median if side in flops else None
+        print(f"| {SIDES[side]} | {median:.3f} | {options.batch_size / median:.1f} "
+              f"| {f'{rate / 1e12:.2f}' if rate else ''} | {f'{100 * rate / peak:.1f} %' if rate and peak else ''} "
+              f"| {f'{peaks[side] / 2**30:.2f} GiB' if side in peaks else ''} |")  # fmt: skip
+    print()
+    for fast, slow, goal in RATIOS:
+        if fast in seconds and slow in seconds:
+            ratios = [b / a for a, b in zip(seconds[fast], seconds[slow], strict=True)]
+            print(f"{SIDES[fast]} against {SIDES[slow]}: {statistics.median(ratios):.2f}x "
+                  f"({min(ratios):.2f} to {max(ratios):.2f}), aim {goal}x")  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps({"seconds": seconds, "flops": flops, "peak_bytes": peaks}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
