@@ -57,7 +57,7 @@ def free_port() -> int:
     return unused_port()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_cli() -> RunCli:
     """Runs a command from the repository root, with a rendezvous port of its own; a time-out ends its whole group."""
 
@@ -99,11 +99,6 @@ def open_clip() -> Iterator[ModuleType]:
     """The module open_clip; skips where it is not installed."""
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip("the extra open-clip is not installed")
-    if torch.version.cuda is None:
-        # torchvision's package is a CUDA build, whose import needs these two operators to be declared.
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip as module
+    from with_open_clip import import_open_clip
 
-    yield module
+    yield import_open_clip()

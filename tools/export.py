@@ -23,23 +23,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from cmpt.data.hf_tokenizer import write_hf_tokenizer
 from cmpt.data.tokenizer import Tokenizer, open_tokenizer
 from cmpt.data.validate import DataError
 from cmpt.engine.manifest import CheckpointError
 from cmpt.engine.opened import OpenedModel, open_model
-from cmpt.models.open_clip_format import FormatError, to_config, to_open_clip
+from cmpt.models.open_clip_format import FormatError, halved, to_config, to_open_clip
 from cmpt.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from cmpt.recipe import RecipeError, to_yaml
 from cmpt.recipe.paths import resolve_path
 from cmpt.recipe.schema import Model
 
 CLIP_VOCABULARY = 49408
-FULL_PRECISION = ("logit_scale", "logit_bias")  # scalars, which half precision would move by up to 5e-4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +89,8 @@ def export(opened: OpenedModel, out: Path, half: bool) -> None:
             },
         }
         (beside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_file(stored_weights(opened, half), beside / WEIGHTS_FILE, metadata={"format": "pt"})
+        weights = to_open_clip({name: p.detach() for name, p in opened.clip.named_parameters()}, model)
+        save_file(halved(weights) if half else weights, beside / WEIGHTS_FILE, metadata={"format": "pt"})
         (beside / WEIGHTS_FILE).chmod(0o644)  # safetensors lets only the owner read
         (beside / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         (beside / "README.md").write_text(model_card(opened, half), encoding="utf-8")
@@ -116,17 +114,6 @@ def check_expressible(model: Model, kind: str, tokenizer: Tokenizer) -> None:
             f"model.text.pooling = argmax: must be eos with this tokenizer, whose end of text has id "
             f"{tokenizer.eot_id} of {tokenizer.vocab_size}: open_clip would take another token, or padding, for it"
         )
-
-
-def stored_weights(opened: OpenedModel, half: bool) -> dict[str, Tensor]:
-    """open_clip's state dict in the precision that is stored."""
-    weights = to_open_clip({name: p.detach() for name, p in opened.clip.named_parameters()}, opened.recipe.model)
-    if half:
-        weights = {name: w if name in FULL_PRECISION else w.half() for name, w in weights.items()}
-        overflown = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-        if overflown:
-            raise FormatError(f"--half: {', '.join(overflown[:6])} hold values beyond fp16; export without it")
-    return weights
 
 
 def model_card(opened: OpenedModel, half: bool) -> str:

@@ -23,7 +23,7 @@ from cmpt.data.tokenizer import open_tokenizer, pack_captions
 from cmpt.engine.opened import OpenedModel
 from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP
-from cmpt.models.open_clip_format import from_open_clip
+from cmpt.models.open_clip_format import from_open_clip, halved, to_open_clip
 from cmpt.models.pretrained import WEIGHTS_FILE
 from cmpt.recipe.schema import Masking, Recipe
 from with_open_clip import import_open_clip
@@ -133,15 +133,14 @@ def run_checks(
 
 def rounded_as_stored(opened: OpenedModel, folder: Path) -> CLIP:
     """The checkpoint's weights in the precision of the folder's file, as fp32."""
-    from export import stored_weights
-
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         half = file.get_slice("visual.proj").get_dtype() == "F16"
     if not half:
         return opened.clip
     model, size = opened.recipe.model, opened.recipe.image.size
     clip = CLIP(model, size)
-    clip.load_state_dict(from_open_clip(stored_weights(opened, half=True), model, size))
+    weights = to_open_clip({name: p.detach() for name, p in opened.clip.named_parameters()}, model)
+    clip.load_state_dict(from_open_clip(halved(weights), model, size))
     return clip
 
 

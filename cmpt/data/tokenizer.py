@@ -8,6 +8,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -57,13 +58,15 @@ def open_tokenizer(settings: schema.Tokenizer, context_length: int) -> Tokenizer
 
 
 class SentencepieceTokenizer(Tokenizer):
-    """A trained sentencepiece model; its eos piece is the end-of-text, and there is no begin token."""
+    """A trained sentencepiece model; its eos piece is the end-of-text, and there is no begin token.
+
+    Texts are cleaned as open_clip's HFTokenizer cleans them, so that an exported model sees the same ids there.
+    """
 
     def __init__(self, path: Path, context_length: int) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"tokenizer.path: {path} is not a sentencepiece model: {error}") from error
+        _require_ftfy("sentencepiece")
+        model = read_sentencepiece(path)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         self.context_length = context_length
         self.vocab_size = self._processor.vocab_size()
         self.eot_id = self._processor.eos_id()
@@ -71,10 +74,33 @@ class SentencepieceTokenizer(Tokenizer):
             raise DataError(f"tokenizer.path: {path} has no eos piece, which is needed as end-of-text")
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._processor.encode(text, out_type=int)
+        return self._processor.encode(clean_text(text), out_type=int)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([token for token in ids if not self._processor.is_control(token)])
+
+
+# sentencepiece adds up scores in float32, the tokenizers of an exported model in float64. Sums of multiples of this are
+# exact in both (up to 16,384), so that segmentations of equal score ("na|nan" and "nan|na") tie in both, and both take
+# the same. It is far below what separates two segmentations otherwise: no clip-art caption changes.
+_SCORE_STEP = 2.0**-10
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """The ModelProto of a sentencepiece model, scores rounded to `_SCORE_STEP`. Raises DataError."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise DataError("tokenizer.kind sentencepiece needs the package protobuf: pip install protobuf") from error
+    try:
+        # The library's own check comes first: it also refuses what parses but is no usable model.
+        serialized = sentencepiece.SentencePieceProcessor(model_file=str(path)).serialized_model_proto()
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"tokenizer.path: {path} is not a sentencepiece model: {error}") from error
+    model = sentencepiece_model_pb2.ModelProto.FromString(serialized)  # type: ignore[attr-defined]
+    for piece in model.pieces:
+        piece.score = round(piece.score / _SCORE_STEP) * _SCORE_STEP
+    return model
 
 
 # Words, single digits and runs of other signs, after lower-casing (openai/CLIP, simple_tokenizer.py).
@@ -91,8 +117,7 @@ class ClipTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, context_length: int) -> None:
-        if importlib.util.find_spec("ftfy") is None:
-            raise DataError("tokenizer.kind clip_bpe needs the package ftfy, as open_clip does: pip install ftfy")
+        _require_ftfy("clip_bpe")
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")[1 : _CLIP_MERGES + 1]  # the first line is a version
@@ -119,7 +144,7 @@ class ClipTokenizer(Tokenizer):
         self.eot_id = len(pieces) + 1
 
     def _encode_text(self, text: str) -> list[int]:
-        return [self._begin_id, *self._bpe.encode(clean_text(text)).ids]
+        return [self._begin_id, *self._bpe.encode(clean_text(text).lower()).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         letters = "".join(self._pieces[token] for token in ids if token < self._begin_id)
@@ -127,14 +152,19 @@ class ClipTokenizer(Tokenizer):
         return " ".join(bytes(map(self._byte_of_letter.__getitem__, word)).decode("utf-8", "replace") for word in words)
 
 
+def _require_ftfy(kind: str) -> None:
+    if importlib.util.find_spec("ftfy") is None:
+        raise DataError(f"tokenizer.kind {kind} needs the package ftfy, as open_clip does: pip install ftfy")
+
+
 def clean_text(text: str) -> str:
-    """open_clip's cleaning: mojibake and fancy quotes mended, HTML entities resolved, one space, lower case."""
+    """open_clip's cleaning: mojibake and fancy quotes mended, HTML entities resolved, one space between words."""
     # Plain ASCII is most captions: there ftfy changes nothing and would cost most of the time.
     if not (text.isascii() and text.isprintable()) or "&" in text:
         import ftfy
 
         text = ftfy.fix_text(text)
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def _bytes_to_letters() -> dict[int, str]:

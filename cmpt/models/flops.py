@@ -21,6 +21,16 @@ def tower_flops(tower: Tower, lengths: Sequence[int]) -> float:
     return 2.0 * tower.layers * (tokens * weights + 2 * squares * tower.width)
 
 
+def recomputed_flops(tower: Tower, lengths: Sequence[int]) -> float:
+    """FLOPs of running the blocks again in the backward pass, which stops at the last tensor that is needed.
+
+    That is before the last product of a block, unless LayerScale needs its result.
+    """
+    assert tower.width and tower.layers
+    last = 0 if tower.layer_scale_init is not None else tower.width * int(tower.width * tower.mlp_ratio)
+    return tower_flops(tower, lengths) - 2.0 * tower.layers * sum(lengths) * last
+
+
 def forward_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequence[int]) -> float:
     """Forward FLOPs of both towers. `image_lengths` are kept patches per image, without the class token."""
     assert model.patch_size and model.embed_dim and model.vision.width and model.text.width
@@ -41,7 +51,8 @@ def training_flops(model: Model, image_lengths: Sequence[int], text_lengths: Seq
     assert model.embed_dim
     total = 3 * forward_flops(model, image_lengths, text_lengths)
     if model.activation_checkpointing:
-        total += tower_flops(model.vision, [n + 1 for n in image_lengths]) + tower_flops(model.text, text_lengths)
+        total += recomputed_flops(model.vision, [n + 1 for n in image_lengths])
+        total += recomputed_flops(model.text, text_lengths)
     directions = 2 if model.logit_bias_init is None else 1  # of the sigmoid loss there is one
     return total + directions * 3 * 2.0 * len(text_lengths) * global_batch * model.embed_dim
 

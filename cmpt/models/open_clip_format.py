@@ -66,6 +66,18 @@ def to_open_clip(parameters: Mapping[str, Tensor], model: Model) -> dict[str, Te
     return weights
 
 
+def halved(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's state dict in fp16, but for the scalars, which that would move by up to 5e-4 of themselves.
+
+    Raises FormatError naming tensors with values that fp16 cannot hold.
+    """
+    small = {name: weight if weight.ndim == 0 else weight.half() for name, weight in weights.items()}
+    overflown = [name for name, weight in small.items() if not torch.isfinite(weight).all()]
+    if overflown:
+        raise FormatError("; ".join(_listed("values beyond fp16 in", overflown)))
+    return small
+
+
 def from_open_clip(weights: Mapping[str, Tensor], model: Model, image_size: int) -> dict[str, Tensor]:
     """open_clip's state dict -> parameters of a `CLIP` of this architecture by name, in the same dtype.
 

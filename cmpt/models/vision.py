@@ -56,7 +56,8 @@ class VisionTower(nn.Module):
         x_TD = self.transformer(self.ln_pre(x_TD), lengths)
         if not self.averages:
             return self.proj(self.ln_post(x_TD.index_select(0, class_rows)))
-        patches_TD = self.ln_post(x_TD.index_select(0, patch_rows)).float()
+        patches_TD = self.ln_post(x_TD.index_select(0, patch_rows))
+        patches_TD = patches_TD.to(torch.promote_types(dtype, torch.float32))  # summed over up to L patches
         sums_SD = patches_TD.new_zeros(sequences, patches_TD.shape[1]).index_add(0, sequence_T, patches_TD)
         return self.proj((sums_SD / counts[:, None]).to(dtype))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from cmpt.batch import PackedPatches, PackedText
 from cmpt.masking.patches import pack, patchify, standardise
 from cmpt.models.clip import CLIP, parameter_groups
-from cmpt.recipe.schema import Image, Model, Text, Vision
+from cmpt.recipe.schema import Image, Model, Text, Tower, Vision
 
 MODEL = Model(
     patch_size=8,
@@ -21,8 +22,19 @@ MODEL = Model(
 )
 
 
-def clip(image_size: int = 32, seed: int = 0) -> CLIP:
-    return CLIP(MODEL, image_size, seed).double()
+# Every option that changes what a tower computes, away from its default.
+OPTIONS = replace(
+    MODEL,
+    vision=Vision(32, 3, 2, mlp_ratio=2.5, layer_norm_eps=1e-2, layer_scale_init=0.3, pooling="average"),
+    text=Text(48, 2, 3, mlp_ratio=1.5, layer_norm_eps=1e-2, layer_scale_init=0.3, pooling="argmax"),
+    quick_gelu=True,
+    logit_bias_init=-10.0,
+)
+MODELS = {"plain": MODEL, "options": OPTIONS}
+
+
+def clip(image_size: int = 32, seed: int = 0, model: Model = MODEL) -> CLIP:
+    return CLIP(model, image_size, seed).double()
 
 
 def masked_images(count: int = 6, size: int = 32) -> tuple[PackedPatches, torch.Tensor]:
@@ -32,10 +44,11 @@ def masked_images(count: int = 6, size: int = 32) -> tuple[PackedPatches, torch.
     keep = torch.rand(patches.shape[:2], generator=generator) < torch.linspace(0.2, 1.0, count)[:, None]
     keep[:, 0] = True
     keep[1] = keep[0]  # two of a length, the rest different
+    keep[-2] = keep[-2].cumsum(0) == 1  # one patch
     return pack(patches, keep, (size // 8, size // 8)), keep
 
 
-def captions(lengths: tuple[int, ...] = (9, 5, 5, 3, 2, 1)) -> PackedText:
+def captions(lengths: tuple[int, ...] = (16, 9, 5, 5, 2, 1)) -> PackedText:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 50, (sum(lengths),), generator=generator)
     order = torch.randperm(len(lengths), generator=generator)
@@ -47,56 +60,74 @@ def sequences(packed: PackedPatches | PackedText) -> list[slice]:
     return [slice(end - length, end) for end, length in zip(ends, packed.lengths, strict=True)]
 
 
-def loop_images(model: CLIP, packed: PackedPatches) -> torch.Tensor:
+def loop_images(model: CLIP, packed: PackedPatches, settings: Model = MODEL) -> torch.Tensor:
     """The vision tower written anew, one image at a time, with torch's own attention."""
     visual, out = model.visual, []
     for part in sequences(packed):
         x = packed.patches_TP[part].double() @ visual.patch_embedding.weight.T
         x = x + visual.positional_embedding[1 + packed.position_T[part]]
         x = torch.cat([visual.class_embedding[None] + visual.positional_embedding[:1], x])
-        x = loop_blocks(model.visual.transformer, visual.ln_pre(x), causal=False)
-        out.append(visual.ln_post(x[0]) @ visual.proj.weight.T)
+        x = loop_norm(visual.ln_pre, x, settings.vision)
+        x = loop_blocks(visual.transformer, x, settings.vision, settings.quick_gelu, causal=False)
+        x = loop_norm(visual.ln_post, x, settings.vision)
+        pooled = x[1:].mean(dim=0) if settings.vision.pooling == "average" else x[0]
+        out.append(pooled @ visual.proj.weight.T)
     return torch.stack(out)
 
 
-def loop_texts(model: CLIP, packed: PackedText) -> torch.Tensor:
+def loop_texts(model: CLIP, packed: PackedText, settings: Model = MODEL) -> torch.Tensor:
     text, out = model.text, []
     for part in sequences(packed):
         ids = packed.ids_U[part]
         x = text.token_embedding.weight[ids] + text.positional_embedding[: len(ids)]
-        x = loop_blocks(text.transformer, x, causal=True)
-        out.append(text.ln_final(x[-1]) @ text.proj.weight.T)
+        x = loop_blocks(text.transformer, x, settings.text, settings.quick_gelu, causal=True)
+        place = ids.tolist().index(int(ids.max())) if settings.text.pooling == "argmax" else len(ids) - 1
+        out.append(loop_norm(text.ln_final, x, settings.text)[place] @ text.proj.weight.T)
     return torch.stack(out)
 
 
-def loop_blocks(transformer: torch.nn.Module, x: torch.Tensor, causal: bool) -> torch.Tensor:
+def loop_norm(norm: torch.nn.Module, x: torch.Tensor, tower: Tower) -> torch.Tensor:
+    """LayerNorm with the recipe's epsilon, not the module's."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    variance = centred.pow(2).mean(dim=-1, keepdim=True)
+    return centred / (variance + tower.layer_norm_eps).sqrt() * norm.weight + norm.bias
+
+
+def loop_blocks(
+    transformer: torch.nn.Module, x: torch.Tensor, tower: Tower, quick_gelu: bool, causal: bool
+) -> torch.Tensor:
     for block in transformer.blocks:
         attn = block.attn
-        qkv = F.linear(block.ln_1(x), attn.in_proj.weight, attn.in_proj.bias)
+        gain_1, gain_2 = (1.0, 1.0) if tower.layer_scale_init is None else (block.ls_1.gain, block.ls_2.gain)
+        qkv = F.linear(loop_norm(block.ln_1, x, tower), attn.in_proj.weight, attn.in_proj.bias)
         q, k, v = (t.view(len(x), attn.heads, -1).transpose(0, 1) for t in qkv.chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal)[0]
-        x = x + F.linear(mixed.transpose(0, 1).flatten(1), attn.out_proj.weight, attn.out_proj.bias)
-        hidden = F.gelu(F.linear(block.ln_2(x), block.c_fc.weight, block.c_fc.bias))
-        x = x + F.linear(hidden, block.c_proj.weight, block.c_proj.bias)
+        x = x + gain_1 * F.linear(mixed.transpose(0, 1).flatten(1), attn.out_proj.weight, attn.out_proj.bias)
+        hidden = F.linear(loop_norm(block.ln_2, x, tower), block.c_fc.weight, block.c_fc.bias)
+        hidden = hidden / (1 + (-1.702 * hidden).exp()) if quick_gelu else F.gelu(hidden)
+        x = x + gain_2 * F.linear(hidden, block.c_proj.weight, block.c_proj.bias)
     return x
 
 
+@pytest.mark.parametrize("options", MODELS)
 @pytest.mark.parametrize("tower", ["visual", "text"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
 )
-def test_packed_equals_per_image_loop(tower: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Forward and backward, against a loop in float64 (invariant 1)."""
-    reference, ours = clip(), clip()
+def test_packed_equals_per_image_loop(tower: str, dtype: torch.dtype, tolerance: float, options: str) -> None:
+    """Forward and backward, against a loop in float64 (invariant 1), from one token to all of them."""
+    settings = MODELS[options]
+    reference, ours = clip(model=settings), clip(model=settings)
     if dtype != torch.float64:
         ours = ours.float()
     if tower == "visual":
         packed, _ = masked_images()
-        assert len(set(packed.lengths)) > 1
-        expected, found = loop_images(reference, packed), ours.visual(packed, dtype)
+        assert {1, 16} < set(packed.lengths)
+        expected, found = loop_images(reference, packed, settings), ours.visual(packed, dtype)
     else:
         text = captions()
-        expected, found = loop_texts(reference, text), ours.text(text, dtype)
+        assert {1, 16} < set(text.lengths)
+        expected, found = loop_texts(reference, text, settings), ours.text(text, dtype)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected.backward(grad)
     found.backward(grad.to(found.dtype))
@@ -227,6 +258,7 @@ def test_decay_spares_gains_biases_and_the_temperature() -> None:
     groups = parameter_groups(model)
     assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
     assert set(groups["temperature"]) == {"logit_scale"}
+    assert set(parameter_groups(clip(model=OPTIONS))["temperature"]) == {"logit_scale", "logit_bias"}
     for name, group in groups.items():
         for parameter in group:
             gain_or_bias = parameter.endswith("bias") or ".ln_" in parameter or parameter == "visual.class_embedding"
