@@ -34,7 +34,7 @@ class PackedAttention:
         self.causal = causal
         backend = attention_backend(like.device.type, like.dtype)
         # A mask is made here, not once per block: making one copies the lengths to the device.
-        self._attend = _BACKENDS[backend if self.lengths else "products"](self.lengths, causal, like.device)
+        self._attend = BACKENDS[backend if self.lengths else "products"](self.lengths, causal, like.device)
 
     def __call__(self, qkv_T3NH: Tensor) -> Tensor:
         """Queries, keys and values of all tokens [T, 3, heads, head width] -> [T, heads, head width], same dtype."""
@@ -96,7 +96,7 @@ def _products(lengths: tuple[int, ...], causal: bool, device: torch.device) -> C
     return lambda qkv_T3NH: _RunAttention.apply(qkv_T3NH, lengths, causal)
 
 
-_BACKENDS = {"xformers": _xformers, "varlen": _varlen, "products": _products}
+BACKENDS = {"xformers": _xformers, "varlen": _varlen, "products": _products}
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int, int]]:
