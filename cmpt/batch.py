@@ -15,6 +15,7 @@ images on this rank, one after the other, with no padding between them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Rejection:
     cause: str  # a fixed vocabulary, see data/validate.py: "missing_image", "broken_image", "empty_caption", ...
     key: str  # "shard.tar/sample-key"
     detail: str = ""  # what the decoder or the check said
+
+
+def _every_nth(lengths: list[int], first: int, step: int) -> Tensor:
+    """Token indices of sequences first, first + step, … of some packed sequences; host int64."""
+    ends = list(accumulate(lengths))
+    parts = [torch.arange(ends[i] - lengths[i], ends[i]) for i in range(first, len(lengths), step)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,12 @@ class PackedText:
         ids, position, order = (t.to(device, non_blocking=True) for t in (self.ids_U, self.position_U, self.order_B))
         return PackedText(ids, position, self.lengths, order)
 
+    def part(self, first: int, step: int) -> PackedText:
+        """Captions first, first + step, …: as these go by length, all parts have about as many tokens."""
+        index = _every_nth(self.lengths, first, step).to(self.ids_U.device, non_blocking=True)
+        lengths, order = self.lengths[first::step], self.order_B[first::step]
+        return PackedText(self.ids_U[index], self.position_U[index], lengths, order)
+
 
 @dataclass(frozen=True)
 class PackedPatches:
@@ -55,6 +69,12 @@ class PackedPatches:
     lengths: list[int]  # kept patches of the i-th packed image, longest first; sums to T
     order_B: Tensor  # int64; the i-th packed image belongs to batch row order_B[i]
     grid: tuple[int, int]  # patches per column, patches per row (height, width); L = product
+
+    def part(self, first: int, step: int) -> PackedPatches:
+        """Images first, first + step, …: as these go by length, all parts have about as many patches."""
+        index = _every_nth(self.lengths, first, step).to(self.patches_TP.device, non_blocking=True)
+        lengths, order = self.lengths[first::step], self.order_B[first::step]
+        return PackedPatches(self.patches_TP[index], self.position_T[index], lengths, order, self.grid)
 
 
 @dataclass(frozen=True)

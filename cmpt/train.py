@@ -138,7 +138,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             monitor.event("warning", state.step, text=fault)
         backend = attention_backend(device.type, clip.compute_dtype)
         monitor.event("model", state.step, parameters=parameters, attention=backend, init_from=recipe.model.init_from)
-        stop_signal = 0
+        stop_signal, micro = 0, recipe.engine.micro_batch_size
         for planned in plan.remaining(state.step):
             phase = planned.phase
             mask = MaskStage(phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks)
@@ -148,11 +148,11 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                 for batch, position in meters.waiting(batches):
                     batch = batch.to(device)
                     masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
-                    counts = count_step(recipe.model, masked, batch, recipe.engine.batch_size, signals.received)
+                    counts = count_step(recipe.model, masked, batch, recipe.engine, signals.received)
                     mask.advance(counts.mask_ratio)
                     lr, logs = planned.learning_rate(state.step + 1), plan.logs(state.step + 1)
                     valid_B = batch.valid_B if counts.holes else None
-                    result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss, logs)
+                    result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss, logs, micro)
                     state.advance(mask.state(), counts.rejections)
                     meters.add(counts)
                     for skip in counts.rejections:

@@ -10,7 +10,7 @@ from cmpt.batch import ImageTextBatch, Rejection
 from cmpt.dist.process_group import gather_objects, sum_over_ranks
 from cmpt.masking.strategies import Masked
 from cmpt.models.flops import training_flops
-from cmpt.recipe.schema import Model
+from cmpt.recipe.schema import Engine, Model
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,16 @@ class StepCounts:
 
 
 def count_step(
-    model: Model, masked: Masked, batch: ImageTextBatch, global_batch: int, stop_signal: int | None
+    model: Model, masked: Masked, batch: ImageTextBatch, engine: Engine, stop_signal: int | None
 ) -> StepCounts:
     """Collective. A rank that got a signal says so here, and all ranks stop after the same step."""
     images = masked.patches.lengths
+    cached = engine.micro_batch_size is not None and engine.micro_batch_size < len(batch.keys)
     local = [
         sum(images),
         len(images) * masked.keep_BL.shape[1],
         sum(batch.text.lengths),
-        int(training_flops(model, images, batch.text.lengths, global_batch)),
+        int(training_flops(model, images, batch.text.lengths, engine.batch_size, cached)),
         len(batch.keys) - len(images),
         len(batch.rejections),
         stop_signal or 0,

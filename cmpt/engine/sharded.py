@@ -7,6 +7,7 @@ tensors, so a checkpoint made of them loads at any world size and any ZeRO stage
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -111,6 +112,23 @@ def gradient_norms(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
         parts[part] = parts.get(part, 0.0) + square
     parts["total"] = sum(parts.values())
     return {part: square**0.5 for part, square in parts.items()}
+
+
+@contextmanager
+def one_reduction(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """The gradients of all backward passes within add up and are reduced over ranks once, at the end."""
+    if engine.zero_optimization_stage():
+        with engine.coalesce_grad_reduction():
+            yield
+        return
+    reduces = engine.enable_backward_allreduce
+    engine.enable_backward_allreduce = False
+    try:
+        yield
+    finally:
+        engine.enable_backward_allreduce = reduces
+    if reduces:
+        engine.allreduce_gradients()
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

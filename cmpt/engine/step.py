@@ -48,25 +48,81 @@ def clip_step(
     lr: float,
     loss: Loss,
     with_gradient_norms: bool,
+    micro_batch_size: int | None = None,
 ) -> StepResult:
     """Step the model on one batch; every rank calls it with its own rows, as many on every rank.
 
     `valid_B` [B] bool on every rank, or None on every rank: pairs to leave out of the loss. The gradient is that of the
     global loss at any world size: local rows against gathered columns, gathered with gradient, mean over ranks.
+    With `micro_batch_size` below B, activations of that many pairs are held at once (see `_backward_in_parts`).
     """
     rows = len(text.lengths)
     sharded.set_learning_rate(engine, lr)
-    image_BE, text_BE, scale, bias = engine(images, text, rows)
-    pair_G2E = gather_with_gradient(torch.cat([image_BE, text_BE], dim=1))
-    image_GE, text_GE = pair_G2E.chunk(2, dim=1)
-    valid_G = None if valid_B is None else gather_with_gradient(valid_B.to(torch.int64)).bool()
-    how: dict[str, Any] = {"first_row": dist.get_rank() * rows, "chunk_rows": loss.chunk_rows, "valid_G": valid_G}
-    if loss.kind == "sigmoid":
-        assert bias is not None
-        value = sigmoid_loss(image_BE, text_GE, scale, bias, **how)
+    if micro_batch_size is None or micro_batch_size >= rows:
+        outputs = engine(images, text, rows)
+        value = _global_loss(outputs, valid_B, loss)
+        engine.backward(value)
     else:
-        value = info_nce(image_BE, text_BE, image_GE, text_GE, scale, **how)
-    engine.backward(value)
+        parts = -(-rows // micro_batch_size)
+        outputs, value = _backward_in_parts(engine, images, text, valid_B, loss, parts)
+    *_, scale, bias = outputs
     norms = sharded.gradient_norms(engine) if with_gradient_norms else None
     engine.step()
     return StepResult(value.detach(), scale.detach(), None if bias is None else bias.detach(), norms)
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""What the model returns: image_BE, text_BE, scale [1], bias [1] or None."""
+
+
+def _global_loss(outputs: Outputs, valid_B: Tensor | None, loss: Loss) -> Tensor:
+    """The loss of this rank's rows; its mean over ranks is the global loss."""
+    image_BE, text_BE, scale, bias = outputs
+    pair_G2E = gather_with_gradient(torch.cat([image_BE, text_BE], dim=1))
+    image_GE, text_GE = pair_G2E.chunk(2, dim=1)
+    valid_G = None if valid_B is None else gather_with_gradient(valid_B.to(torch.int64)).bool()
+    how: dict[str, Any] = {
+        "first_row": dist.get_rank() * len(image_BE),
+        "chunk_rows": loss.chunk_rows,
+        "valid_G": valid_G,
+    }
+    if loss.kind == "sigmoid":
+        assert bias is not None
+        return sigmoid_loss(image_BE, text_GE, scale, bias, **how)
+    return info_nce(image_BE, text_BE, image_GE, text_GE, scale, **how)
+
+
+def _backward_in_parts(
+    engine: deepspeed.DeepSpeedEngine,
+    images: PackedPatches,
+    text: PackedText,
+    valid_B: Tensor | None,
+    loss: Loss,
+    parts: int,
+) -> tuple[Outputs, Tensor]:
+    """Gradient caching (GradCache, arXiv 2101.06983): the same gradient with the activations of one part at a time.
+
+    First all features without gradient, then the loss and its gradient with respect to the features, then every part
+    once more, with that gradient fed into it. Masks and crops are in the batch already, so both passes see the same.
+    """
+    rows = len(text.lengths)
+    batches = [(images.part(number, parts), text.part(number, parts)) for number in range(parts)]
+    with torch.no_grad():
+        image_BE, text_BE, scale, bias = engine(*batches[0], rows)
+        for batch in batches[1:]:  # rows that are not in a part are zero in its output
+            image, words, *_ = engine(*batch, rows)
+            image_BE, text_BE = image_BE + image, text_BE + words
+    outputs: Outputs = (image_BE, text_BE, scale, bias)
+    leaves = tuple(None if output is None else output.detach().requires_grad_() for output in outputs)
+    value = _global_loss(leaves, valid_B, loss)  # type: ignore[arg-type]
+    value.backward()
+    with sharded.one_reduction(engine):
+        for number, batch in enumerate(batches):
+            again = engine(*batch, rows)
+            pairs = [(output, leaf.grad) for output, leaf in zip(again, leaves, strict=True) if leaf is not None]
+            # Temperature and bias are in every part's output, and count once.
+            terms = [
+                (output * (grad if k < 2 or number == 0 else 0 * grad)).sum() for k, (output, grad) in enumerate(pairs)
+            ]
+            engine.backward(torch.stack(terms).sum())
+    return outputs, value

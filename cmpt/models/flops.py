@@ -43,13 +43,20 @@ def forward_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequ
     return image + text
 
 
-def training_flops(model: Model, image_lengths: Sequence[int], text_lengths: Sequence[int], global_batch: int) -> float:
+def training_flops(
+    model: Model,
+    image_lengths: Sequence[int],
+    text_lengths: Sequence[int],
+    global_batch: int,
+    cached: bool = False,
+) -> float:
     """FLOPs of one training step of these samples: forward, twice that backward, recomputed blocks, and the loss.
 
+    `cached`: with gradient caching, which is one forward pass more.
     `global_batch`: columns of the logit matrix; each direction of the loss is one product forward, two backward.
     """
     assert model.embed_dim
-    total = 3 * forward_flops(model, image_lengths, text_lengths)
+    total = (4 if cached else 3) * forward_flops(model, image_lengths, text_lengths)
     if model.activation_checkpointing:
         total += recomputed_flops(model.vision, [n + 1 for n in image_lengths])
         total += recomputed_flops(model.text, text_lengths)

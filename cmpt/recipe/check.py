@@ -69,6 +69,7 @@ RANGES = {
     "optimizer.clip_norm": "> 0",
     "loss.chunk_rows": ">= 1",
     "engine.batch_size": ">= 2",  # a contrast needs two pairs
+    "engine.micro_batch_size": ">= 1",
     "engine.zero_stage": ">= 0 and <= 3",
     "evaluation.batch_size": ">= 1",
 }

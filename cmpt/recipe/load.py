@@ -39,6 +39,7 @@ NOT_IDENTITY = (
     "model.preset",  # the sizes it stands for count
     "model.activation_checkpointing",
     "loss.chunk_rows",
+    "engine.micro_batch_size",
     "engine.zero_stage",
     "evaluation",
 )

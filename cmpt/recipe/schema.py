@@ -196,6 +196,9 @@ class Loss:
 class Engine:
     batch_size: int = 256
     """Global batch G in samples, over all ranks."""
+    micro_batch_size: int | None = None
+    """Pairs of a rank that go through the towers at once; null: all. Fewer need less memory for the same global batch
+    and loss: gradient caching (GradCache, arXiv 2101.06983), which costs one more forward pass."""
     precision: str = "bf16"
     """"bf16" (activations and products; parameters and optimizer stay fp32) or "fp32"."""
     zero_stage: int = 1
