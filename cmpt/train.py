@@ -73,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(recipe, rank, world_size, device)
     except (DataError, CheckpointError, FormatError, RecipeError, TrainingDivergedError) as error:
         # What a user can mend is said in a line; everything else keeps its traceback.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank and isinstance(error, FormatError | RecipeError):  # these are the same on every rank
+            time.sleep(_LET_THE_FIRST_RANK_SPEAK_S)
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     finally:
         process_group.stop()
@@ -117,7 +120,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     clip = CLIP(recipe.model, recipe.image.size, recipe.run.seed)
     starts = recipe.run.overwrite or not any((folder / "checkpoints").glob("step_*"))
     if recipe.model.init_from and starts:
-        load_pretrained(clip, recipe.model, recipe.image.size, recipe.model.init_from)
+        load_pretrained(clip, recipe, tokenizer.eot_id)
     parameters = sum(parameter.numel() for parameter in clip.parameters())
     engine = build_engine(clip, recipe.engine, recipe.optimizer, world_size, device)
     if primary:
@@ -154,6 +157,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     valid_B = batch.valid_B if counts.holes else None
                     result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss, logs, micro)
                     state.advance(mask.state(), counts.rejections)
+                    state.image_size = phase.image.size
                     meters.add(counts)
                     for skip in counts.rejections:
                         monitor.event("skip", state.step, cause=skip.cause, key=skip.key, detail=skip.detail)

@@ -14,16 +14,15 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_step import batches_of, recipe_of, synchronise
+from bench_step import batches_of, now, recipe_of
 from cmpt.masking.strategies import MaskStage
-from cmpt.ops.attention import _products, _varlen, _xformers, attention_backend
+from cmpt.ops.attention import BACKENDS, attention_backend
 from cmpt.recipe.schema import Masking, Tower
 
 Attend = Callable[[Tensor], Tensor]
@@ -66,10 +65,10 @@ def ways(lengths: Sequence[int], causal: bool, device: torch.device, dtype: torc
     found: dict[str, Attend] = {"per image": lambda qkv: per_image(qkv, packed, causal)}
     if device.type == "cuda":
         if importlib.util.find_spec("xformers") is not None:
-            found["packed, xformers"] = _xformers(packed, causal, device)
+            found["packed, xformers"] = BACKENDS["xformers"](packed, causal, device)
         if dtype != torch.float32:
-            found["packed, torch varlen"] = _varlen(packed, causal, device)
-    found["packed, products by length"] = _products(packed, causal, device)
+            found["packed, torch varlen"] = BACKENDS["varlen"](packed, causal, device)
+    found["packed, products by length"] = BACKENDS["products"](packed, causal, device)
     found["padded"] = lambda qkv: padded(qkv, packed, causal)
     found[f"padded in {BUCKETS} buckets"] = lambda qkv: in_buckets(qkv, packed, causal)
     return found
@@ -94,12 +93,11 @@ def timed(
     for repeat in range(options.repeats + 2):
         for way, attend in candidates.items():
             qkv.grad = None
-            synchronise(device)
-            began = time.perf_counter()
+            began = now(device)
             attend(qkv).backward(grad)
-            synchronise(device)
+            took = now(device) - began
             if repeat >= 2:
-                seconds[way].append(time.perf_counter() - began)
+                seconds[way].append(took)
     chosen = attention_backend(device.type, dtype)
     return {
         f"{way}{'  (cmpt)' if chosen in way else ''}": 1e3 * statistics.median(values)

@@ -7,6 +7,10 @@ same batch and precision. Every round runs one step of every side, in an order t
 the median over rounds of the ratios within a round. Timed is everything from decoded uint8 images (cmpt) or normalised
 float images (open_clip) and token ids on the device to the optimizer's step. Peak memory is measured in a process of
 its own for every side. Before timing, the losses of both sides without masking are compared.
+
+Besides masking, two things move the ratios. The embedded captions are short: cmpt packs them, open_clip pads each to 77
+tokens, so longer ones gain less; the report says how many tokens they had, and which mask ratio was reached. And cmpt's
+AdamW is fused, open_clip's is what open_clip_train uses (torch's default, a loop over tensors on a CPU) unless --fused.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ import argparse
 import gc
 import json
 import logging
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +67,20 @@ RATIOS = (
     ("cmpt cluster", "open_clip dropout", 1.2),
     ("cmpt none", "open_clip", 1.08),
 )
-Step = Callable[[ImageTextBatch], float]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step of one side gave."""
+
+    loss: float
+    seconds: float
+    flops: float | None = None  # counted for cmpt only, as is the mask ratio
+    mask_ratio: float | None = None
+
+
+Step = Callable[[ImageTextBatch], Taken]
+Rounds = dict[str, list[Taken]]  # the timed steps of every side
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--fused", action="store_true", help="a fused AdamW for open_clip too")
     parser.add_argument("--no-memory", action="store_true", help="leave out the measurement of peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measured value there")
     parser.add_argument("--peak-of", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -126,7 +146,7 @@ def open_clip_model(options: argparse.Namespace, patch_dropout: float, device: t
 
 
 def cmpt_step(options: argparse.Namespace, recipe: Recipe, strategy: str, device: torch.device) -> Step:
-    """One step as cmpt/train.py takes it, from the decoded batch on."""
+    """One step as cmpt/train.py takes it, from the decoded batch on; left out is the count of the step over ranks."""
     assert recipe.model.patch_size
     clip = CLIP(recipe.model, recipe.image.size)
     theirs = open_clip_model(options, 0.0, torch.device("cpu"))
@@ -139,12 +159,16 @@ def cmpt_step(options: argparse.Namespace, recipe: Recipe, strategy: str, device
     engine = build_engine(clip, recipe.engine, recipe.optimizer, 1, device)
     mask = MaskStage(Masking(strategy=strategy), recipe.image, recipe.model.patch_size, seed=0)
 
-    def step(batch: ImageTextBatch) -> float:
+    def step(batch: ImageTextBatch) -> Taken:
+        began = now(device)
         masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
-        mask.advance(1 - masked.keep_BL.double().mean().item())
+        lengths = masked.patches.lengths
+        mask_ratio = 1 - sum(lengths) / (len(lengths) * masked.keep_BL.shape[1])
+        mask.advance(mask_ratio)
         result = clip_step(engine, masked.patches, batch.text, None, recipe.optimizer.lr, recipe.loss, False)
-        step.lengths = masked.patches.lengths  # type: ignore[attr-defined]
-        return float(result.loss)
+        seconds = now(device) - began
+        flops = training_flops(recipe.model, lengths, batch.text.lengths, options.batch_size)
+        return Taken(float(result.loss), seconds, flops, mask_ratio)
 
     return step
 
@@ -162,13 +186,14 @@ def open_clip_step(options: argparse.Namespace, recipe: Recipe, patch_dropout: f
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
+        fused=options.fused or None,
     )
     forward = torch.compile(model) if options.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
-    def step(batch: ImageTextBatch) -> float:
+    def step(batch: ImageTextBatch) -> Taken:
         images, ids = open_clip_inputs(recipe, batch)
-        began = time.perf_counter()
+        began = now(device)  # after what still runs of the inputs: its data loader would have made them
         optimizer.zero_grad()
         with autocast:
             image, text, scale = forward(images, ids)[:3]
@@ -176,10 +201,9 @@ def open_clip_step(options: argparse.Namespace, recipe: Recipe, patch_dropout: f
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, recipe.model.logit_scale_max)
-        value = float(loss.detach())
-        step.seconds = time.perf_counter() - began  # type: ignore[attr-defined]
-        return value
+            model.logit_scale.clamp_(0, math.log(recipe.model.logit_scale_max))
+        seconds = now(device) - began
+        return Taken(float(loss.detach()), seconds)
 
     return step
 
@@ -201,43 +225,37 @@ def build(options: argparse.Namespace, side: str, recipe: Recipe, device: torch.
     return open_clip_step(options, recipe, 0.5 if side.endswith("dropout") else 0.0, device)
 
 
-def timed(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every round by side, and FLOPs of a cmpt step by side (of its last round)."""
+def timed(options: argparse.Namespace, device: torch.device) -> tuple[Rounds, float]:
+    """The timed rounds, and the mean number of tokens of their captions (with the marks of start and end)."""
     recipe = recipe_of(options)
-    batches = batches_of(recipe, options.rounds + 1, device)
+    warm_up, *batches = batches_of(recipe, options.rounds + 1, device)
     steps = {side: build(options, side, recipe, device) for side in options.sides}
-    seconds: dict[str, list[float]] = {side: [] for side in steps}
-    first_losses, flops = {}, {}
+    compare_losses(options, {side: step(warm_up).loss for side, step in steps.items()})
+    rounds: Rounds = {side: [] for side in steps}
+    order = list(steps)
     for number, batch in enumerate(batches):
-        names = list(steps)
-        for side in names[number % len(names) :] + names[: number % len(names)]:
+        for side in order:
             gc.collect()
-            synchronise(device)
-            began = time.perf_counter()
-            loss = steps[side](batch)
-            synchronise(device)
-            took = time.perf_counter() - began
-            if number == 0:
-                first_losses[side] = loss
-            else:
-                seconds[side].append(getattr(steps[side], "seconds", took))
-            lengths = getattr(steps[side], "lengths", None)
-            if lengths:
-                flops[side] = training_flops(recipe.model, lengths, batch.text.lengths, options.batch_size)
+            rounds[side].append(steps[side](batch))
+        order.append(order.pop(0))
         if sys.stderr.isatty():
-            print(f"round {number} of {options.rounds}", end="\r", file=sys.stderr)
-    if {"cmpt none", "open_clip"} <= first_losses.keys():
-        apart = abs(first_losses["cmpt none"] - first_losses["open_clip"])
-        assert apart < (2e-2 if options.precision == "bf16" else 1e-4), (
-            f"the sides compute different losses: {first_losses}"
-        )
-        print("first loss without masking: " + ", ".join(f"{side} {loss:.4f}" for side, loss in first_losses.items()))
-    return seconds, flops
+            print(f"round {number + 1} of {options.rounds}", end="\r", file=sys.stderr)
+    return rounds, statistics.mean(length for batch in batches for length in batch.text.lengths)
 
 
-def synchronise(device: torch.device) -> None:
+def compare_losses(options: argparse.Namespace, losses: dict[str, float]) -> None:
+    """Without masking both sides compute the same; if not, there is nothing to time."""
+    if {"cmpt none", "open_clip"} <= losses.keys():
+        apart = abs(losses["cmpt none"] - losses["open_clip"])
+        assert apart < (2e-2 if options.precision == "bf16" else 1e-4), f"the sides compute different losses: {losses}"
+        print("first losses: " + ", ".join(f"{side} {loss:.4f}" for side, loss in losses.items()))
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once all that was queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_bytes(options: argparse.Namespace) -> int:
@@ -258,6 +276,7 @@ def peak_bytes(options: argparse.Namespace) -> int:
 def measured_peak(options: argparse.Namespace, side: str) -> int:
     command = [sys.executable, __file__, "--peak-of", side, "--preset", options.preset]
     command += ["--batch-size", str(options.batch_size), "--precision", options.precision]
+    command += [option for option in ("--compile", "--fused") if getattr(options, option[2:])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the memory of {side} could not be measured:\n{done.stderr}")
@@ -265,23 +284,25 @@ def measured_peak(options: argparse.Namespace, side: str) -> int:
 
 
 def report(
-    options: argparse.Namespace,
-    device: torch.device,
-    seconds: dict[str, list[float]],
-    flops: dict[str, float],
-    peaks: dict[str, int],
+    options: argparse.Namespace, device: torch.device, rounds: Rounds, caption_tokens: float, peaks: dict[str, int]
 ) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_flops(name)
     print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {name}, torch {torch.__version__}, "
           f"median of {options.rounds} rounds\n")  # fmt: skip
     print("| | s per step | pairs/s | TFLOP/s | MFU | peak memory |\n|-|-|-|-|-|-|")
-    for side, values in seconds.items():
-        median = statistics.median(values)
-        rate = flops[side] / median if side in flops else None
+    seconds = {side: [step.seconds for step in steps] for side, steps in rounds.items()}
+    for side, steps in rounds.items():
+        median = statistics.median(seconds[side])
+        # Lengths differ from round to round, so FLOPs are divided by the seconds of their own round.
+        rate = statistics.mean((step.flops or 0) / step.seconds for step in steps)
         print(f"| {SIDES[side]} | {median:.3f} | {options.batch_size / median:.1f} "
               f"| {f'{rate / 1e12:.2f}' if rate else ''} | {f'{100 * rate / peak:.1f} %' if rate and peak else ''} "
               f"| {f'{peaks[side] / 2**30:.2f} GiB' if side in peaks else ''} |")  # fmt: skip
+    print(f"\nmean text tokens per caption: {caption_tokens:.1f}")
+    for side, steps in rounds.items():
+        if reached := [step.mask_ratio for step in steps if step.mask_ratio is not None]:
+            print(f"mean mask ratio reached by {SIDES[side]}: {statistics.mean(reached):.3f}")
     print()
     for fast, slow, goal in RATIOS:
         if fast in seconds and slow in seconds:
@@ -289,7 +310,9 @@ def report(
             print(f"{SIDES[fast]} against {SIDES[slow]}: {statistics.median(ratios):.2f}x "
                   f"({min(ratios):.2f} to {max(ratios):.2f}), aim {goal}x")  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps({"seconds": seconds, "flops": flops, "peak_bytes": peaks}, indent=1))
+        values = {side: [asdict(step) for step in steps] for side, steps in rounds.items()}
+        found = {"rounds": values, "tokens_per_caption": caption_tokens, "peak_bytes": peaks}
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 MODEL is a run (runs/NAME: its newest sound checkpoint), one of its checkpoints, a folder that tools/export.py wrote, a
 local copy of an open_clip repository of the native ViT kind, or a bare .safetensors or .pt file of that kind. A bare
-file does not say its activation: OpenAI's weights need model.quick_gelu=true.
+file says neither its activation nor its heads, epsilon and pooling: what is assumed is printed, and model.* says
+otherwise (OpenAI's weights need model.quick_gelu=true).
 
 The pairs are data.heldout of the model's recipe; for a model without one, and to change them, say for example
     data.heldout='["/data/coco/{00000..00004}.tar"]' data.caption_extension=txt
@@ -51,15 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = opened.recipe
         data = recipe.data if recipe.data.heldout else EMBEDDED
         results = evaluate(opened.clip, recipe, data, torch.device(options.device))
-    except (CheckpointError, DataError, FormatError, RecipeError) as error:
+        if options.out:
+            told = {"model": str(opened.checkpoint or options.model), "heldout": data.heldout, "results": results}
+            options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    except (CheckpointError, DataError, FormatError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for note in opened.notes:
+        print(note)
     print(f"{opened.checkpoint or options.model} on {', '.join(data.heldout)}\n")
     for name, value in results.items():
         print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
-    if options.out:
-        told = {"model": str(opened.checkpoint or options.model), "heldout": data.heldout, "results": results}
-        options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

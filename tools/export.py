@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -23,20 +22,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cmpt.data.hf_tokenizer import write_hf_tokenizer
-from cmpt.data.tokenizer import Tokenizer, open_tokenizer
+from cmpt.data.tokenizer import CLIP_MERGES_SHA256, ClipTokenizer, Tokenizer, open_tokenizer
 from cmpt.data.validate import DataError
 from cmpt.engine.manifest import CheckpointError
 from cmpt.engine.opened import OpenedModel, open_model
-from cmpt.models.open_clip_format import FormatError, halved, to_config, to_open_clip
+from cmpt.models.open_clip_format import FormatError, check_finite, halved, to_config
 from cmpt.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from cmpt.recipe import RecipeError, to_yaml
 from cmpt.recipe.paths import resolve_path
-from cmpt.recipe.schema import Model
-
-CLIP_VOCABULARY = 49408
+from cmpt.recipe.presets import PRESETS
+from cmpt.recipe.schema import Model, Recipe
+from verify_export import verify_export
+from with_open_clip import import_open_clip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,21 +47,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--half", action="store_true", help="store the weights in fp16: half the size")
     parser.add_argument("--verify", action="store_true", help="confirm the result with open_clip itself")
     parser.add_argument("--verify-only", action="store_true", help="write nothing: confirm an OUT that is there")
-    parser.add_argument("--images", type=int, default=32, help="images that --verify compares (default: %(default)s)")
-    parser.add_argument("--captions", type=int, default=1000, help="captions whose ids it compares (%(default)s)")
+    parser.add_argument("--images", type=at_least_1, default=32, help="images that --verify compares (%(default)s)")
+    parser.add_argument(
+        "--captions", type=at_least_1, default=1000, help="captions whose ids it compares (%(default)s)"
+    )
     options = parser.parse_args(arguments)
+    out = options.out.expanduser().absolute()
     try:
-        opened = open_model(options.checkpoint)
-        if not options.verify_only:
-            export(opened, options.out, options.half)
         if options.verify or options.verify_only:
-            from verify_export import verify_export
-
-            return 0 if verify_export(opened, options.out, options.images, options.captions) else 1
-    except (CheckpointError, DataError, FormatError, RecipeError, FileExistsError, ModuleNotFoundError) as error:
+            import_open_clip()  # before anything is written
+        opened = open_model(options.checkpoint)
+        for note in opened.notes:
+            print(note)
+        if not options.verify_only:
+            export(opened, out, options.half)
+        elif not (out / CONFIG_FILE).is_file():
+            raise FormatError(f"OUT = {out}: is not an exported folder, it has no {CONFIG_FILE}")
+        if options.verify or options.verify_only:
+            return 0 if verify_export(opened, out, options.images, options.captions) else 1
+    except (
+        CheckpointError,
+        DataError,
+        FormatError,
+        RecipeError,
+        OSError,
+        SafetensorError,
+        ModuleNotFoundError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def export(opened: OpenedModel, out: Path, half: bool) -> None:
@@ -69,7 +92,9 @@ def export(opened: OpenedModel, out: Path, half: bool) -> None:
         raise FileExistsError(f"OUT = {out}: exists already and is not an empty folder")
     recipe, model = opened.recipe, opened.recipe.model
     tokenizer = open_tokenizer(recipe.tokenizer, model.context_length)
-    check_expressible(model, recipe.tokenizer.kind, tokenizer)
+    check_expressible(recipe, tokenizer)
+    weights = opened.weights()
+    check_finite(weights, "not a number or infinite in")
     beside = out.with_name(f".writing_{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -89,7 +114,6 @@ def export(opened: OpenedModel, out: Path, half: bool) -> None:
             },
         }
         (beside / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        weights = to_open_clip({name: p.detach() for name, p in opened.clip.named_parameters()}, model)
         save_file(halved(weights) if half else weights, beside / WEIGHTS_FILE, metadata={"format": "pt"})
         (beside / WEIGHTS_FILE).chmod(0o644)  # safetensors lets only the owner read
         (beside / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
@@ -104,16 +128,29 @@ def export(opened: OpenedModel, out: Path, half: bool) -> None:
     print(f"{out}: {size / 2**20:.1f} MiB, loads in open_clip as local-dir:{out}")
 
 
-def check_expressible(model: Model, kind: str, tokenizer: Tokenizer) -> None:
+def check_expressible(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Raises FormatError, naming field, value and constraint, for what open_clip 3.3.0 has no place for."""
-    assert model.vision.width and model.vision.heads and model.vocab_size
-    if kind == "clip_bpe" and model.vocab_size < CLIP_VOCABULARY:
-        raise FormatError(f"model.vocab_size = {model.vocab_size}: must be at least {CLIP_VOCABULARY} with clip_bpe")
+    model = recipe.model
+    if isinstance(tokenizer, ClipTokenizer) and tokenizer.merges_sha256 != CLIP_MERGES_SHA256:
+        raise FormatError(
+            f"tokenizer.path = {recipe.tokenizer.path}: must hold CLIP's own merges, which open_clip uses"
+        )
     if model.text.pooling == "argmax" and tokenizer.eot_id != tokenizer.vocab_size - 1:
         raise FormatError(
-            f"model.text.pooling = argmax: must be eos with this tokenizer, whose end of text has id "
+            "model.text.pooling = argmax: must be eos with this tokenizer, whose end of text has id "
             f"{tokenizer.eot_id} of {tokenizer.vocab_size}: open_clip would take another token, or padding, for it"
         )
+
+
+def preset_of(model: Model) -> str | None:
+    """The preset's name, if the model is exactly of that size."""
+    for key, size in PRESETS.get(model.preset or "", {}).items():
+        value: Any = model
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value != size:
+            return None
+    return model.preset
 
 
 def model_card(opened: OpenedModel, half: bool) -> str:
@@ -124,7 +161,7 @@ def model_card(opened: OpenedModel, half: bool) -> str:
     parameters = sum(parameter.numel() for parameter in opened.clip.parameters())
     masking = recipe.masking
     facts: list[tuple[str, Any]] = [
-        ("architecture", model.preset or "given dimension by dimension, see open_clip_config.json"),
+        ("architecture", preset_of(model) or "see open_clip_config.json"),
         ("parameters", f"{parameters:,}"),
         ("image size, patch", f"{recipe.image.size} px, {model.patch_size} px"),
         ("tokenizer", f"{recipe.tokenizer.kind}, {model.vocab_size:,} ids, at most {model.context_length} tokens"),
@@ -135,7 +172,7 @@ def model_card(opened: OpenedModel, half: bool) -> str:
         facts += [
             ("training", f"step {step:,}, {step * recipe.engine.batch_size:,} samples seen, "
              f"global batch {recipe.engine.batch_size:,}, {recipe.engine.precision}"),
-            ("loss", f"{recipe.loss.kind}, final temperature {math.exp(-opened.clip.logit_scale.item()):.5f}"),
+            ("loss", f"{recipe.loss.kind}, final temperature {1 / opened.clip.scale().item():.5f}"),
             ("masking", f"{masking.strategy}" + (f", ratio {masking.ratio}" if masking.strategy != "none" else "")),
             *([("phases", "; ".join(phases))] if phases else []),
             ("samples that could not be used", f"{sum(opened.state.get('skipped', {}).values()):,}"),

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from cmpt.data.heldout import HeldoutSet
 from cmpt.data.tokenizer import open_tokenizer, pack_captions
+from cmpt.data.validate import DataError, UnusableError
 from cmpt.engine.opened import OpenedModel
 from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP
-from cmpt.models.open_clip_format import from_open_clip, halved, to_open_clip
+from cmpt.models.open_clip_format import from_open_clip, halved
 from cmpt.models.pretrained import WEIGHTS_FILE
 from cmpt.recipe.schema import Masking, Recipe
 from with_open_clip import import_open_clip
@@ -139,8 +140,7 @@ def rounded_as_stored(opened: OpenedModel, folder: Path) -> CLIP:
         return opened.clip
     model, size = opened.recipe.model, opened.recipe.image.size
     clip = CLIP(model, size)
-    weights = to_open_clip({name: p.detach() for name, p in opened.clip.named_parameters()}, model)
-    clip.load_state_dict(from_open_clip(halved(weights), model, size))
+    clip.load_state_dict(from_open_clip(halved(opened.weights()), model, size))
     return clip
 
 
@@ -156,9 +156,12 @@ def ranked_otherwise(ours: Tensor, theirs: Tensor) -> int:
 
 
 def heldout_set(recipe: Recipe) -> HeldoutSet:
-    """The run's own held-out pairs, or the embedded ones where it has none."""
+    """The run's own held-out pairs; the embedded ones where it has none, or where they are not on this machine."""
     if recipe.data.heldout:
-        return HeldoutSet(recipe.data.heldout, recipe.data, recipe.image)
+        try:
+            return HeldoutSet(recipe.data.heldout, recipe.data, recipe.image)
+        except (DataError, OSError) as error:
+            print(f"data.heldout cannot be read ({error}); taking the embedded pairs")
     embedded = type(recipe.data)(caption_extension="json", caption_field="captions")
     return HeldoutSet(EMBEDDED, embedded, recipe.image)
 
@@ -176,16 +179,25 @@ def captions_of(heldout: HeldoutSet, count: int) -> list[str]:
 
 
 def pixels_of(heldout: HeldoutSet, count: int, preprocess: Any, recipe: Recipe) -> tuple[Tensor, float | None]:
-    """cmpt's view of the first images, uint8, and how far open_clip's own view is from it on average."""
-    views, apart = [], []
+    """cmpt's view of the first images, uint8, and how far open_clip's own view is from it on average.
+
+    The latter is None where no image is RGB and upright: what is transparent is white in cmpt, while open_clip drops
+    the alpha channel and does not turn images.
+    """
+    views: list[Tensor] = []
+    apart: list[float] = []
     mean, std = (torch.tensor(v)[:, None, None] for v in (recipe.image.mean, recipe.image.std))
-    for index in range(count):
-        pixels = torch.from_numpy(np.ascontiguousarray(heldout.pixels(index)))
+    for index in range(len(heldout)):
+        if len(views) == count:
+            break
+        try:
+            pixels = torch.from_numpy(np.ascontiguousarray(heldout.pixels(index)))
+        except UnusableError:  # passed the checks, and the decoder refuses it
+            continue
         views.append(pixels)
         with PIL.Image.open(heldout.image_file(index)) as image:
-            # What is transparent is white in cmpt; open_clip drops the alpha channel, whatever lies under it.
-            opaque = image.mode == "RGB" and not image.getexif()
-            their = preprocess(image) * std + mean
-        if opaque:
-            apart.append(float((their * 255 - pixels).abs().mean()))
+            if image.mode == "RGB" and not image.getexif():
+                apart.append(float(((preprocess(image) * std + mean) * 255 - pixels).abs().mean()))
+    if not views:
+        raise DataError(f"data.heldout: none of {len(heldout)} images can be decoded")
     return torch.stack(views), sum(apart) / len(apart) if apart else None

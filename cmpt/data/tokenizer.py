@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import html
 import importlib.util
 from abc import ABC, abstractmethod
@@ -106,6 +107,8 @@ def read_sentencepiece(path: Path) -> Any:
 # Words, single digits and runs of other signs, after lower-casing (openai/CLIP, simple_tokenizer.py).
 _CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_MERGES = 49152 - 256 - 2  # what CLIP uses of the 262,144 in its file
+CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+"""Of CLIP's own merges, a line each: those that open_clip always uses."""
 _END_OF_WORD = "</w>"
 
 
@@ -123,6 +126,7 @@ class ClipTokenizer(Tokenizer):
                 lines = file.read().split("\n")[1 : _CLIP_MERGES + 1]  # the first line is a version
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"tokenizer.path: {path} is not a gzipped list of merges: {error}") from error
+        self.merges_sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines if line)]
         letters = _letters_of_bytes()
         pieces = [*letters, *(letter + _END_OF_WORD for letter in letters), *map("".join, merges)]

@@ -38,8 +38,11 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
+        written = manifest["format"]
     except (OSError, ValueError, KeyError) as cause:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({cause})") from cause
+    if written != FORMAT:
+        raise CheckpointError(f"{folder}: written by another version of cmpt (format {written}, expected {FORMAT})")
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():

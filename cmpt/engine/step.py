@@ -78,8 +78,6 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def _global_loss(outputs: Outputs, valid_B: Tensor | None, loss: Loss) -> Tensor:
     """The loss of this rank's rows; its mean over ranks is the global loss."""
     image_BE, text_BE, scale, bias = outputs
-    pair_G2E = gather_with_gradient(torch.cat([image_BE, text_BE], dim=1))
-    image_GE, text_GE = pair_G2E.chunk(2, dim=1)
     valid_G = None if valid_B is None else gather_with_gradient(valid_B.to(torch.int64)).bool()
     how: dict[str, Any] = {
         "first_row": dist.get_rank() * len(image_BE),
@@ -88,7 +86,8 @@ def _global_loss(outputs: Outputs, valid_B: Tensor | None, loss: Loss) -> Tensor
     }
     if loss.kind == "sigmoid":
         assert bias is not None
-        return sigmoid_loss(image_BE, text_GE, scale, bias, **how)
+        return sigmoid_loss(image_BE, gather_with_gradient(text_BE), scale, bias, **how)
+    image_GE, text_GE = gather_with_gradient(torch.cat([image_BE, text_BE], dim=1)).chunk(2, dim=1)
     return info_nce(image_BE, text_BE, image_GE, text_GE, scale, **how)
 
 
@@ -119,10 +118,12 @@ def _backward_in_parts(
     with sharded.one_reduction(engine):
         for number, batch in enumerate(batches):
             again = engine(*batch, rows)
-            pairs = [(output, leaf.grad) for output, leaf in zip(again, leaves, strict=True) if leaf is not None]
             # Temperature and bias are in every part's output, and count once.
+            weights = (1.0, 1.0, float(number == 0), float(number == 0))
             terms = [
-                (output * (grad if k < 2 or number == 0 else 0 * grad)).sum() for k, (output, grad) in enumerate(pairs)
+                (output * (leaf.grad * weight)).sum()
+                for output, leaf, weight in zip(again, leaves, weights, strict=True)
+                if leaf is not None and leaf.grad is not None
             ]
             engine.backward(torch.stack(terms).sum())
     return outputs, value

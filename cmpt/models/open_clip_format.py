@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cmpt.models.clip import CLIP
+from cmpt.recipe.presets import PRESETS
 from cmpt.recipe.schema import Model, Text, Tower, Vision
 
 # Ours -> theirs, by parts of a name, applied in this order.
@@ -66,16 +67,35 @@ def to_open_clip(parameters: Mapping[str, Tensor], model: Model) -> dict[str, Te
     return weights
 
 
+def temperature_bound(weights: Mapping[str, Tensor], least: float) -> float:
+    """A `model.logit_scale_max` under which these weights keep their temperature; at least `least`.
+
+    Others do not bound it as CLIP does: SigLIP's weights reach 118.
+    """
+    logit_scale = plain_names(weights).get("logit_scale")
+    if logit_scale is None or logit_scale.numel() != 1:
+        return least  # reported with the other tensors
+    if float(logit_scale) < 0:
+        raise FormatError(f"logit_scale = {float(logit_scale):.4g}: must be >= 0")
+    reached = math.exp(float(logit_scale))
+    return reached * (1 + 1e-6) if reached > least else least
+
+
 def halved(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's state dict in fp16, but for the scalars, which that would move by up to 5e-4 of themselves.
 
     Raises FormatError naming tensors with values that fp16 cannot hold.
     """
     small = {name: weight if weight.ndim == 0 else weight.half() for name, weight in weights.items()}
-    overflown = [name for name, weight in small.items() if not torch.isfinite(weight).all()]
-    if overflown:
-        raise FormatError("; ".join(_listed("values beyond fp16 in", overflown)))
+    check_finite(small, "values beyond fp16 in")
     return small
+
+
+def check_finite(weights: Mapping[str, Tensor], fault: str) -> None:
+    """Raises FormatError: `fault`, and the tensors with an infinity or a NaN."""
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise FormatError("; ".join(_listed(fault, broken)))
 
 
 def from_open_clip(weights: Mapping[str, Tensor], model: Model, image_size: int) -> dict[str, Tensor]:
@@ -159,9 +179,9 @@ def _tower_config(tower: Tower) -> dict[str, Any]:
 # Entries of a configuration that change nothing in what the weights compute, whatever their value.
 _IGNORED = {"patch_dropout", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop",
             "timm_drop_path", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "attn_pooler_queries",
-            "attn_pooler_heads", "pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}  # fmt: skip
+            "attn_pooler_heads", "pad_id", "hf_tokenizer_name"}  # fmt: skip
 # Entries that are allowed with the value that changes nothing: their defaults.
-_NEUTRAL: dict[str, Any] = {"pos_embed_type": "learnable", "proj_type": "linear", "block_type": None}
+_NEUTRAL: dict[str, Any] = {"pos_embed_type": "learnable", "proj_type": "linear", "block_type": "default"}
 _TOWER_KEYS = {"width", "layers", "mlp_ratio", "norm_kwargs", "ls_init_value"}
 _VISION_KEYS = _TOWER_KEYS | {"image_size", "patch_size", "head_width", "pool_type"}
 _TEXT_KEYS = _TOWER_KEYS | {"context_length", "vocab_size", "heads", "pool_type", "eos_id"}
@@ -173,7 +193,11 @@ _POOLING = {"tok": "class_token", "avg": "average", "argmax": "argmax", "eos": "
 def from_config(config: Mapping[str, Any]) -> tuple[Model, int]:
     """open_clip's `model_cfg` -> architecture and image size. Raises FormatError naming what cmpt has no part for."""
     faults = _unknown(config, _MODEL_KEYS, "")
+    if not isinstance(config.get("embed_dim"), int):
+        faults.append(f"embed_dim = {config.get('embed_dim')}: must be a whole number")
     vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise FormatError("vision_cfg and text_cfg must be mappings")
     faults += _unknown(vision, _VISION_KEYS, "vision_cfg.") + _unknown(text, _TEXT_KEYS, "text_cfg.")
     if not isinstance(vision.get("layers", 12), int):
         faults.append(f"vision_cfg.layers = {vision['layers']}: not a ViT")
@@ -223,13 +247,26 @@ def _unknown(config: Mapping[str, Any], known: set[str], prefix: str) -> list[st
     ]
 
 
-def model_of_weights(weights: Mapping[str, Tensor]) -> tuple[Model, int]:
-    """Architecture and image size as far as shapes tell them: heads 64 wide, exact GELU, class token, no options.
+ASSUMED = "heads of open_clip's size of this width and depth, exact GELU, epsilon 1e-5, class-token pooling"
+"""What `model_of_weights` takes for granted."""
 
-    Raises FormatError if it is not a native ViT.
+
+def _heads(tower: str, width: int, layers: int) -> int:
+    """As the named sizes have them; 64 channels each elsewhere."""
+    for size in PRESETS.values():
+        if (size[f"{tower}.width"], size[f"{tower}.layers"]) == (width, layers):
+            return size[f"{tower}.heads"]
+    return max(1, width // 64)
+
+
+def model_of_weights(weights: Mapping[str, Tensor]) -> tuple[Model, int]:
+    """Architecture and image size as far as shapes tell them; what they do not tell is in `ASSUMED`.
+
+    Raises FormatError, naming tensors, if it is not a native ViT.
     """
     found = plain_names(weights)
-    needed = ("visual.conv1.weight", "visual.proj", "text_projection", "token_embedding.weight", "ln_final.weight")
+    first_blocks = [f"{prefix}transformer.resblocks.0.mlp.c_fc.weight" for prefix in ("visual.", "")]
+    needed = ["visual.conv1.weight", "visual.proj", "token_embedding.weight", *first_blocks]
     missing = [name for name in (*needed, "visual.positional_embedding", "positional_embedding") if name not in found]
     if missing:
         raise FormatError("; ".join(_listed("missing", missing)))
@@ -245,7 +282,7 @@ def model_of_weights(weights: Mapping[str, Tensor]) -> tuple[Model, int]:
         towers[kind] = kind(
             width=width,
             layers=layers,
-            heads=max(1, width // 64),
+            heads=_heads("vision" if kind is Vision else "text", width, layers),
             mlp_ratio=hidden / width,
             layer_scale_init=1e-5 if scale else None,
         )

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cmpt.models.clip import CLIP
-from cmpt.models.open_clip_format import FormatError, from_config, from_open_clip
+from cmpt.models.open_clip_format import FormatError, from_config, from_open_clip, temperature_bound
 from cmpt.recipe.paths import resolve_path
-from cmpt.recipe.schema import Model
+from cmpt.recipe.schema import Model, Recipe
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+TOKENIZER_FILE = "tokenizer.model"  # of a sentencepiece tokenizer, beside its Hugging Face form
 # The names that open_clip looks for in a folder, in its order.
 _WEIGHT_FILES = (
     WEIGHTS_FILE,
@@ -56,36 +57,76 @@ def read_pretrained(path: str) -> Pretrained:
         config, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{config_file}: cannot be read as an open_clip configuration: {error!r}") from error
+    for key, value in (("mode", "RGB"), ("interpolation", "bicubic"), ("resize_mode", "shortest")):
+        if preprocess.get(key, value) != value:
+            raise FormatError(f"{config_file}: preprocess_cfg.{key} = {preprocess[key]}: cmpt has {value} only")
     found = [place / name for name in _WEIGHT_FILES if (place / name).is_file()]
     if not found:
         raise FormatError(f"{place}: holds none of {', '.join(_WEIGHT_FILES)}")
     return Pretrained(_read_weights(found[0]), config, preprocess)
 
 
-def load_pretrained(clip: CLIP, model: Model, image_size: int, path: str) -> None:
-    """Put the weights at `path` into `clip`, which was built from `model` and `image_size`, as fp32.
+def load_pretrained(clip: CLIP, recipe: Recipe, eot_id: int) -> None:
+    """Put the weights at `recipe.model.init_from` into `clip`, which was built from the recipe, as fp32.
 
-    Raises FormatError, naming fields and tensors, unless architecture, tensors and shapes agree in full.
+    `eot_id`: end-of-text id of the recipe's tokenizer. Raises FormatError, naming fields and tensors, unless
+    architecture, image statistics, tokenizer, tensors and shapes agree in full.
     """
-    pretrained = read_pretrained(path)
+    model, path = recipe.model, recipe.model.init_from
+    assert path is not None
     try:
+        pretrained = read_pretrained(path)
+        faults = []
         if pretrained.config is not None:
             theirs, their_size = from_config(pretrained.config)
-            faults = _differences(model, theirs)
-            if their_size != image_size:
-                faults.append(f"image.size is {image_size}, there it is {their_size}; a phase can change it afterwards")
-            if faults:
-                raise FormatError("another architecture: " + "; ".join(faults))
-        parameters = from_open_clip(pretrained.weights, model, image_size)
+            faults += architecture_differences(model, theirs)
+            if their_size != recipe.image.size:
+                faults.append(
+                    f"image.size is {recipe.image.size}, there it is {their_size}; a phase can change it afterwards"
+                )
+            faults += _surrounding_differences(recipe, pretrained, Path(resolve_path(path)), eot_id)
+        bound = temperature_bound(pretrained.weights, model.logit_scale_max)
+        if bound > model.logit_scale_max:
+            faults.append(f"model.logit_scale_max is {model.logit_scale_max}, the weights have {bound:.4g}")
+        if faults:
+            raise FormatError("another architecture or setting: " + "; ".join(faults))
+        parameters = from_open_clip(pretrained.weights, model, recipe.image.size)
     except FormatError as error:
         raise FormatError(f"model.init_from = {path}: {error}") from error
     clip.load_state_dict(parameters)
 
 
-def _differences(ours: Model, theirs: Model) -> list[str]:
+def architecture_differences(ours: Model, theirs: Model) -> list[str]:
     """Fields that change what the weights compute; the place of text pooling also follows from the tokenizer."""
     left, right = _comparable(ours), _comparable(theirs)
     return [f"model.{key} is {left[key]}, there it is {right[key]}" for key in left if left[key] != right[key]]
+
+
+def check_eos(pretrained: Pretrained, eot_id: int) -> list[str]:
+    """A fault where open_clip would pool captions at another token than the tokenizer's end of text."""
+    text = (pretrained.config or {}).get("text_cfg") or {}
+    theirs = text.get("eos_id", 2)  # open_clip's default
+    wrong = text.get("pool_type") == "eos" and theirs != eot_id
+    return [f"text_cfg.eos_id = {theirs}: the end of text of the tokenizer is {eot_id}"] if wrong else []
+
+
+def _surrounding_differences(recipe: Recipe, pretrained: Pretrained, folder: Path, eot_id: int) -> list[str]:
+    """Image statistics and tokenizer of the recipe against those of a folder."""
+    faults = check_eos(pretrained, eot_id)
+    for name in ("mean", "std"):
+        ours, theirs = getattr(recipe.image, name), pretrained.preprocess.get(name)
+        if theirs is not None and any(abs(a - b) > 1e-6 for a, b in zip(ours, theirs, strict=True)):
+            faults.append(f"image.{name} is {list(ours)}, there it is {list(theirs)}")
+    text = (pretrained.config or {}).get("text_cfg") or {}
+    kind = "sentencepiece" if text.get("hf_tokenizer_name") else "clip_bpe"
+    if recipe.tokenizer.kind != kind:
+        faults.append(f"tokenizer.kind is {recipe.tokenizer.kind}, there it is {kind}")
+    elif kind == "sentencepiece" and recipe.tokenizer.path:
+        theirs_file = folder / TOKENIZER_FILE
+        ours_file = Path(resolve_path(recipe.tokenizer.path))
+        if not theirs_file.is_file() or theirs_file.read_bytes() != ours_file.read_bytes():
+            faults.append(f"tokenizer.path is {recipe.tokenizer.path}, which is not the same as {theirs_file}")
+    return faults
 
 
 def _comparable(model: Model) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Recipes: schema, loading, checks. Nothing here imports torch."""
 
-from cmpt.recipe.check import check_recipe
+from cmpt.recipe.check import check_model, check_recipe
 from cmpt.recipe.durations import Duration, parse_duration
 from cmpt.recipe.load import LoadedRecipe, differences, load_recipe, recipe_fingerprint, to_yaml
 from cmpt.recipe.paths import is_local, resolve_path
@@ -12,6 +12,7 @@ __all__ = [
     "LoadedRecipe",
     "RecipeError",
     "ResolvedPhase",
+    "check_model",
     "check_recipe",
     "differences",
     "is_local",

@@ -186,7 +186,9 @@ class _Checker:
         with_bias, given = self.recipe.loss.kind == "sigmoid", model.logit_bias_init is not None
         constraint = f"must be {'given' if with_bias else 'null'} with loss.kind = {self.recipe.loss.kind}"
         self.require(with_bias == given, "model.logit_bias_init", model.logit_bias_init, constraint)
-        if model.init_from is not None and not os.path.exists(resolve_path(model.init_from)):
+        run = self.recipe.run
+        started = os.path.isdir(os.path.join(os.path.expanduser(run.folder), run.name, "checkpoints"))
+        if model.init_from is not None and not started and not os.path.exists(resolve_path(model.init_from)):
             self.fault("model.init_from", model.init_from, "no such file or folder")
 
     def split(self) -> None:
@@ -263,6 +265,14 @@ def check_recipe(recipe: Recipe, world_size: int = 1, origins: Mapping[str, str]
     checker.model()
     checker.split()
     checker.data()
+    return list(checker.faults)
+
+
+def check_model(recipe: Recipe, origins: Mapping[str, str] | None = None) -> list[str]:
+    """The part of `check_recipe` that is not about data and a run, for models that are only evaluated."""
+    checker = _Checker(recipe, 1, origins or {})
+    checker.fields(recipe, lambda key: key)
+    checker.model()
     return list(checker.faults)
 
 

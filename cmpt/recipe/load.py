@@ -37,6 +37,7 @@ NOT_IDENTITY = (
     "data.workers",
     "data.prefetch_batches",
     "model.preset",  # the sizes it stands for count
+    "model.init_from",  # read only before the first step
     "model.activation_checkpointing",
     "loss.chunk_rows",
     "engine.micro_batch_size",

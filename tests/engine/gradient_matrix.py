@@ -3,7 +3,8 @@
     torchrun --nproc-per-node W tests/engine/gradient_matrix.py
 
 One case after the other in one process group: every ZeRO stage, with and without gradient caching, both losses, with
-and without holes. Prints one JSON object: largest relative difference over all tensors by case, the temperature's apart.
+and without holes. Prints one JSON object: the largest relative difference of any tensor by case, the temperature's
+apart.
 """
 
 from __future__ import annotations

@@ -170,6 +170,12 @@ def test_shapes_tell_the_architecture_of_a_bare_file(open_clip: ModuleType) -> N
     found, size = model_of_weights(theirs.state_dict())
     expected, expected_size = from_config(open_clip.get_model_config("ViT-M-32-alt"))
     assert (found, size) == (expected, expected_size)
+    for name in ("ViT-H-14", "ViT-g-14", "ViT-bigG-14"):  # whose heads are not 64 wide
+        model, size = ours_of(name)
+        with torch.device("meta"):
+            weights = to_open_clip(dict(CLIP(model, size).named_parameters()), model)
+        found, _ = model_of_weights(weights)
+        assert (found.vision.heads, found.text.heads) == (model.vision.heads, model.text.heads)
     with pytest.raises(FormatError, match="missing: .*visual.conv1.weight"):
         model_of_weights({"weight": torch.zeros(1)})
 

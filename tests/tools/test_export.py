@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import export
 from cmpt.engine.opened import open_model
-from cmpt.models.open_clip_format import to_open_clip
+from cmpt.models.open_clip_format import FormatError, to_open_clip
+from verify_export import verify_export
 
 TINY = [
     "model.vision.layers=1",
@@ -223,6 +226,15 @@ def test_a_run_starts_from_an_exported_folder(
         assert done.returncode == 2 and fault in done.stderr and done.stderr.count("error:") == 1, done.stderr
         assert not (tmp_path / "other").exists()
 
+    # Two processes say it once; and a run that has begun goes on without what it began from.
+    two = ["deepspeed", "--num_accelerators", "2", *command[1:], *start]
+    done = run_cli([*two, "run.name=other", "image.mean=[0.5, 0.5, 0.5]"])
+    assert done.returncode == 2 and done.stderr.count("image.mean is [0.5, 0.5, 0.5], there it is") == 1, done.stderr
+    done = run_cli([*command, *start, *frozen, "model.init_from=gone", "run.stop_after=null"])
+    assert done.returncode == 0, done.stderr
+    done = run_cli([*command, *start, *frozen, "model.init_from=gone", "run.name=other"])
+    assert done.returncode == 2 and 'model.init_from = "gone": no such file or folder' in done.stderr
+
 
 @pytest.mark.multiprocess
 def test_bad_checkpoints_and_targets_are_named(
@@ -239,7 +251,11 @@ def test_bad_checkpoints_and_targets_are_named(
     out = str(tmp_path / "out")
     assert "exists already and is not an empty folder" in fault(str(run), str(exported("zero1_sentencepiece")))
     assert "no such file or folder" in fault(str(tmp_path / "gone"), out)
-    assert "no readable MANIFEST.json" in fault(str(tmp_path), out)
+    assert "is not a run (checkpoints/), a checkpoint (MANIFEST.json) or an open_clip folder" in fault(
+        str(tmp_path), out
+    )
+    assert "is not an exported folder" in fault(str(run), out, "--verify-only")
+    assert "Permission denied" in fault(str(run), "/proc/out") or "No such file" in fault(str(run), "/proc/out")
     weights = checkpoint / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
@@ -280,6 +296,8 @@ def test_a_bare_file_of_open_clips_is_evaluated_and_exported(
     theirs = open_clip.create_model("ViT-S-32-alt", load_weights=False).state_dict()
     file = tmp_path / f"weights{suffix}"
     save_file(theirs, file) if suffix == ".safetensors" else torch.save({"state_dict": theirs}, file)
+    assert evaluate.main([str(file), "data.heldout=[gone.tar]"]) == 2
+    assert "gone.tar" in capsys.readouterr().err
     opened = open_model(str(file), ["model.quick_gelu=true"])
     assert opened.recipe.model.quick_gelu and opened.recipe.tokenizer.kind == "clip_bpe"
     out = tmp_path / "out"
@@ -287,3 +305,70 @@ def test_a_bare_file_of_open_clips_is_evaluated_and_exported(
     assert "confirms" in capsys.readouterr().out
     back = to_open_clip(dict(open_model(str(out)).clip.named_parameters()), opened.recipe.model)
     assert all(torch.equal(back[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.multiprocess
+def test_a_temperature_beyond_its_bound_exports_as_the_bound(
+    run_of: Folder, tmp_path: Path, open_clip: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_model(str(run_of("zero1_sentencepiece")))
+    with torch.no_grad():
+        opened.clip.logit_scale.fill_(math.log(100) + 3e-3)
+    export.export(opened, tmp_path / "out", half=False)
+    assert verify_export(opened, tmp_path / "out", 4, 20), capsys.readouterr().out
+    assert "final temperature 0.01000" in (tmp_path / "out" / "README.md").read_text()
+    with torch.no_grad():
+        opened.clip.visual.proj.weight[0, 0] = math.nan
+    with pytest.raises(FormatError, match="not a number or infinite in: visual.proj"):
+        export.export(opened, tmp_path / "other", half=False)
+
+
+@pytest.mark.multiprocess
+def test_a_model_exports_at_the_image_size_of_its_last_phase(
+    tmp_path: Path, run_cli: RunCli, open_clip: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = "phases=[{name: small, duration: 1 steps}, {name: large, duration: 1 steps, set: {image.size: 128}}]"
+    changes = [phases, "run.duration=null", "run.stop_after=null", f"run.folder={tmp_path}", "run.name=grown"]
+    done = run_cli(
+        ["python", "cmpt/train.py", "recipes/quickstart.yaml", *TINY, "run.checkpoint_every=1 steps", *changes]
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "grown"
+    for step, size, rows in ((1, 96, 145), (2, 128, 257)):
+        out = tmp_path / f"out{step}"
+        assert export.main([str(run / f"checkpoints/step_{step:08d}"), str(out), "--verify", "--images", "4"]) == 0
+        assert ("interpolated from 96 px" in capsys.readouterr().out) == (size == 128)
+        assert f"image size, patch: {size} px, 8 px" in (out / "README.md").read_text()
+        assert len(load_file(out / "open_clip_model.safetensors")["visual.positional_embedding"]) == rows
+
+
+@pytest.mark.multiprocess
+def test_merges_that_are_not_clips_are_refused(
+    run_of: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cmpt.data.tokenizer import _merges_of_open_clip
+
+    run = tmp_path / "run"
+    shutil.copytree(run_of("zero2_clip_bpe"), run)
+    lines = gzip.decompress(_merges_of_open_clip().read_bytes()).decode().split("\n")
+    lines[2000], lines[2001] = lines[2001], lines[2000]
+    (tmp_path / "merges.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    recipe = run / "recipe.yaml"
+    text = recipe.read_text()
+    assert "  path: null\n" in text
+    recipe.write_text(text.replace("  path: null\n", f"  path: {tmp_path}/merges.txt.gz\n"))
+    assert export.main([str(run), str(tmp_path / "out")]) == 2
+    assert "merges.txt.gz: must hold CLIP's own merges" in capsys.readouterr().err
+
+
+@pytest.mark.multiprocess
+def test_overrides_of_what_belongs_to_the_weights_are_refused(
+    run_of: Folder, exported: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in (run_of("zero1_sentencepiece"), exported("zero1_sentencepiece")):
+        for override in ("model.quick_gelu=true", "image.mean=[0.5, 0.5, 0.5]", "image.size=64", "tokenizer.path=x"):
+            assert evaluate.main([str(model), override]) == 2
+            assert f"{override.partition('=')[0]}: cannot be overridden" in capsys.readouterr().err
+        assert evaluate.main([str(model), "evaluation.batch_size=0"]) == 2
+        assert "evaluation.batch_size = 0: must be >= 1" in capsys.readouterr().err
+    assert open_model(str(exported("zero1_sentencepiece"))).recipe.model.preset == "tiny-8"
