@@ -200,8 +200,8 @@ def changed(value: object) -> object:
 
 FREE = {"run.name", "run.folder", "run.overwrite", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints",
         "run.stop_after", "data.heldout", "data.category_field", "engine.zero_stage", "data.cache_folder",
-        "data.workers",
-        "data.prefetch_batches", "model.preset", "model.activation_checkpointing", "loss.chunk_rows",
+        "data.workers", "data.prefetch_batches", "model.preset", "model.init_from", "model.activation_checkpointing",
+        "engine.micro_batch_size", "loss.chunk_rows",
         "evaluation.every", "evaluation.batch_size", "evaluation.prompts", "phases.0.name"}  # fmt: skip
 
 
