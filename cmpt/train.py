@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from cmpt.data.heldout import HeldoutSet
 from cmpt.data.loader import Loader, batch_digest
 from cmpt.data.shards import open_shards
 from cmpt.data.streams import LoaderState
-from cmpt.data.tokenizer import Tokenizer, open_tokenizer
+from cmpt.data.tokenizer import Tokenizer, open_tokenizer, with_vocabulary
 from cmpt.data.validate import DataError
 from cmpt.dist import process_group
 from cmpt.dist.process_group import gather_objects, sum_over_ranks
@@ -182,14 +181,6 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
         write_report(folder)
     process_group.barrier()
     return 128 + stop_signal if stop_signal else 0
-
-
-def with_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
-    """The recipe with the size of the token embedding filled in from the tokenizer, where it is null."""
-    size = recipe.model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise RecipeError([f"model.vocab_size = {size}: must be at least the tokenizer's {tokenizer.vocab_size}"])
-    return replace(recipe, model=replace(recipe.model, vocab_size=size))
 
 
 def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int) -> Loader:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from cmpt.batch import ImageTextBatch
 from cmpt.data.streams import LoaderState
-from cmpt.data.tokenizer import open_tokenizer
+from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
 from cmpt.dist import process_group
 from cmpt.engine.build import build_engine
 from cmpt.engine.step import clip_step
@@ -51,7 +51,7 @@ from cmpt.models.flops import peak_flops, training_flops
 from cmpt.models.open_clip_format import from_open_clip
 from cmpt.recipe import load_recipe
 from cmpt.recipe.schema import Masking, Recipe
-from cmpt.train import build_loader, with_vocabulary
+from cmpt.train import build_loader
 from with_open_clip import import_open_clip
 
 REPOSITORY = Path(__file__).resolve().parents[1]

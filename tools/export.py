@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,8 @@ def check_expressible(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def preset_of(model: Model) -> str | None:
     """The preset's name, if the model is exactly of that size."""
-    for key, size in PRESETS.get(model.preset or "", {}).items():
-        value: Any = model
-        for name in key.split("."):
-            value = getattr(value, name)
-        if value != size:
-            return None
-    return model.preset
+    sizes = PRESETS.get(model.preset or "", {})
+    return model.preset if all(attrgetter(key)(model) == size for key, size in sizes.items()) else None
 
 
 def model_card(opened: OpenedModel, half: bool) -> str:

@@ -27,12 +27,12 @@ from cmpt.models.clip import CLIP
 from cmpt.models.open_clip_format import from_open_clip, halved
 from cmpt.models.pretrained import WEIGHTS_FILE
 from cmpt.recipe.schema import Masking, Recipe
+from evaluate import EMBEDDED
 from with_open_clip import import_open_clip
 
 FEATURES = 1e-5  # largest difference of a feature vector relative to its length
 LOGITS = 1e-5  # ... of a logit relative to the largest; both sides are fp32
 PIXELS = 1.0  # mean absolute difference of preprocessed pixels, of 255: the resizes round differently
-EMBEDDED = ["pkg:data/clipart/heldout-0000.tar"]
 # Besides the captions of the set: what tokenizers stumble over.
 ODD_CAPTIONS = [
     "",
@@ -162,8 +162,7 @@ def heldout_set(recipe: Recipe) -> HeldoutSet:
             return HeldoutSet(recipe.data.heldout, recipe.data, recipe.image)
         except (DataError, OSError) as error:
             print(f"data.heldout cannot be read ({error}); taking the embedded pairs")
-    embedded = type(recipe.data)(caption_extension="json", caption_field="captions")
-    return HeldoutSet(EMBEDDED, embedded, recipe.image)
+    return HeldoutSet(EMBEDDED.heldout, EMBEDDED, recipe.image)
 
 
 def captions_of(heldout: HeldoutSet, count: int) -> list[str]:

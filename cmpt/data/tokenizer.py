@@ -8,6 +8,7 @@ import html
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from cmpt.batch import PackedText
 from cmpt.data.validate import DataError
-from cmpt.recipe import schema
+from cmpt.recipe import RecipeError, schema
 from cmpt.recipe.paths import resolve_path
 
 
@@ -56,6 +57,17 @@ def open_tokenizer(settings: schema.Tokenizer, context_length: int) -> Tokenizer
     if settings.kind == "clip_bpe":
         return ClipTokenizer(path if path is not None else _merges_of_open_clip(), context_length)
     raise DataError(f'tokenizer.kind must be "sentencepiece" or "clip_bpe", got {settings.kind!r}')
+
+
+def with_vocabulary(recipe: schema.Recipe, tokenizer: Tokenizer) -> schema.Recipe:
+    """The recipe with the size of the token embedding filled in from the tokenizer, where it is null.
+
+    Raises RecipeError if it is given and smaller than the tokenizer's.
+    """
+    size = recipe.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise RecipeError([f"model.vocab_size = {size}: must be at least the tokenizer's {tokenizer.vocab_size}"])
+    return replace(recipe, model=replace(recipe.model, vocab_size=size))
 
 
 class SentencepieceTokenizer(Tokenizer):

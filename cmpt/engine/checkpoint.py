@@ -32,7 +32,9 @@ from cmpt.engine.manifest import (
     PARAMETERS,
     STATE,
     CheckpointError,
+    check_shapes,
     checkpoints_newest_first,
+    newest_sound,
     sync,
     verify,
     write_manifest,
@@ -106,17 +108,12 @@ class Checkpoints:
         One that fails verification is noted in `faults` and set aside until the next checkpoint is written. Raises
         CheckpointError if there are checkpoints but not one is sound: starting over in silence would lose the run.
         """
-        chosen: str | None = None
+        chosen: Path | None = None
         if engine.global_rank == 0:
-            for candidate in checkpoints_newest_first(self.folder):
-                try:
-                    verify(candidate)
-                except CheckpointError as fault:
-                    self.faults.append(f"checkpoint passed over: {fault}")
-                    candidate.rename(candidate.with_name(f".unsound_{candidate.name}"))
-                    continue
-                chosen = str(candidate)
-                break
+            chosen, passed_over = newest_sound(self.folder)
+            for unsound, fault in passed_over:
+                self.faults.append(f"checkpoint passed over: {fault}")
+                unsound.rename(unsound.with_name(f".unsound_{unsound.name}"))
             if chosen is None and not self.faults:
                 self.faults = [f"set aside earlier: {path}" for path in self.folder.glob(".unsound_*")]
         chosen, self.faults = broadcast_object((chosen, self.faults))
@@ -124,7 +121,7 @@ class Checkpoints:
             if self.faults:
                 raise CheckpointError(f"{self.folder}: no sound checkpoint is left; " + "; ".join(self.faults))
             return None
-        return load(Path(chosen), engine)
+        return load(chosen, engine)
 
     def _prune(self) -> None:
         for old in checkpoints_newest_first(self.folder)[max(1, self.keep) :]:
@@ -146,10 +143,7 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
     moments = load_file(folder / "optimizer.safetensors")
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     found = {name: tuple(value.shape) for name, value in parameters.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        shapes = ", ".join(f"{n} (model {expected.get(n)}, checkpoint {found.get(n)})" for n in wrong[:3])
-        raise CheckpointError(f"{folder}: {len(wrong)} tensors do not fit the model: {shapes}")
+    check_shapes(folder, expected, found)
     state = json.loads((folder / STATE).read_text())
     steps = state.pop("optimizer_steps")
     state.pop("format")

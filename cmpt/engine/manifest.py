@@ -25,6 +25,27 @@ def checkpoints_newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
+def newest_sound(folder: Path) -> tuple[Path | None, list[tuple[Path, CheckpointError]]]:
+    """The newest checkpoint in a run's folder `checkpoints` that `verify` confirms, and those passed over, with why."""
+    passed_over: list[tuple[Path, CheckpointError]] = []
+    for candidate in checkpoints_newest_first(folder):
+        try:
+            verify(candidate)
+        except CheckpointError as fault:
+            passed_over.append((candidate, fault))
+            continue
+        return candidate, passed_over
+    return None, passed_over
+
+
+def check_shapes(source: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError, naming tensors, unless a model (`expected`) and a checkpoint (`found`) have the same."""
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        shapes = ", ".join(f"{n} (model {expected.get(n)}, checkpoint {found.get(n)})" for n in wrong[:3])
+        raise CheckpointError(f"{source}: {len(wrong)} tensors do not fit the model: {shapes}")
+
+
 def write_manifest(folder: Path, step: int) -> None:
     """List what is in the folder, and bring all of it to the disk."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}

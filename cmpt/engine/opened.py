@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmpt.data.tokenizer import open_tokenizer
-from cmpt.engine.manifest import MANIFEST, PARAMETERS, STATE, CheckpointError, checkpoints_newest_first, verify
+from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
+from cmpt.engine.manifest import MANIFEST, PARAMETERS, STATE, CheckpointError, check_shapes, newest_sound, verify
 from cmpt.models.clip import CLIP
 from cmpt.models.open_clip_format import (
     ASSUMED,
@@ -64,7 +64,7 @@ def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
     """
     place = Path(path).expanduser()
     if (place / "checkpoints").is_dir():
-        opened = _open_verified(newest_sound(place), overrides)
+        opened = _open_verified(_newest_sound(place), overrides)
     elif (place / MANIFEST).is_file() or (place / PARAMETERS).is_file() and (place / STATE).is_file():
         opened = open_checkpoint(place, overrides)
     elif place.is_file() or (place / CONFIG_FILE).is_file():
@@ -76,26 +76,18 @@ def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
         raise FormatError(f"{path}: no such file or folder")
     recipe = opened.recipe
     faults = check_model(recipe)
-    tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
-    if (recipe.model.vocab_size or 0) < tokenizer.vocab_size:
-        faults.append(f"model.vocab_size = {recipe.model.vocab_size}: must be at least the tokenizer's "
-                      f"{tokenizer.vocab_size}")  # fmt: skip
     if faults:
         raise RecipeError(faults)
+    with_vocabulary(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length))
     return opened
 
 
-def newest_sound(run: Path) -> Path:
-    """The newest checkpoint of a run that its manifest confirms. Raises CheckpointError where there is none."""
-    faults = []
-    for candidate in checkpoints_newest_first(run / "checkpoints"):
-        try:
-            verify(candidate)
-        except CheckpointError as fault:
-            faults.append(str(fault))
-            continue
-        return candidate
-    raise CheckpointError(f"{run}: holds no sound checkpoint" + (": " + "; ".join(faults) if faults else ""))
+def _newest_sound(run: Path) -> Path:
+    chosen, passed_over = newest_sound(run / "checkpoints")
+    if chosen is None:
+        faults = "; ".join(str(fault) for _, fault in passed_over)
+        raise CheckpointError(f"{run}: holds no sound checkpoint" + (f": {faults}" if faults else ""))
+    return chosen
 
 
 def open_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> OpenedModel:
@@ -119,7 +111,7 @@ def _open_verified(folder: Path, overrides: Sequence[str]) -> OpenedModel:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / PARAMETERS}: {error}") from error
     state = json.loads((folder / STATE).read_text())
-    clip = _filled(recipe.model, recipe.image.size, parameters, str(folder))
+    clip = _filled(recipe.model, recipe.image.size, parameters, folder)
     size = state.get("image_size") or recipe.image.size
     notes: tuple[str, ...] = ()
     if size != recipe.image.size:
@@ -127,7 +119,7 @@ def _open_verified(folder: Path, overrides: Sequence[str]) -> OpenedModel:
         side = size // recipe.model.patch_size
         table = clip.visual.positions((side, side)).detach()
         notes = (f"at {size} px, as in its last phase; the position table is interpolated from {recipe.image.size} px",)
-        clip = _filled(recipe.model, size, {**parameters, "visual.positional_embedding": table}, str(folder))
+        clip = _filled(recipe.model, size, {**parameters, "visual.positional_embedding": table}, folder)
         recipe = replace(recipe, image=replace(recipe.image, size=size))
     return OpenedModel(clip, recipe, state, folder, notes)
 
@@ -162,7 +154,7 @@ def _open_foreign(place: Path, overrides: Sequence[str]) -> OpenedModel:
     recipe = replace(loaded.recipe, model=model, image=replace(image, size=image_size), tokenizer=tokenizer)
     if model.logit_bias_init is not None:
         recipe.loss.kind = "sigmoid"
-    clip = _filled(model, image_size, {name: value.float() for name, value in parameters.items()}, str(place))
+    clip = _filled(model, image_size, {name: value.float() for name, value in parameters.items()}, place)
     return OpenedModel(clip, recipe, notes=notes)
 
 
@@ -204,13 +196,11 @@ def _refuse(loaded: LoadedRecipe, keys: Iterable[str], why: str) -> None:
         raise RecipeError([f"{key}: cannot be overridden: {why}" for key in given])
 
 
-def _filled(model: Model, image_size: int, parameters: dict[str, Tensor], source: str) -> CLIP:
+def _filled(model: Model, image_size: int, parameters: dict[str, Tensor], source: Path) -> CLIP:
     with torch.device("meta"):
         clip = CLIP(model, image_size)
     expected = {name: tuple(parameter.shape) for name, parameter in clip.named_parameters()}
     found = {name: tuple(value.shape) for name, value in parameters.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(f"{source}: {len(wrong)} tensors do not fit the recipe's model: {', '.join(wrong[:6])}")
+    check_shapes(source, expected, found)
     clip.load_state_dict({name: value.contiguous() for name, value in parameters.items()}, assign=True)
     return clip

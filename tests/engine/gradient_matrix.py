@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.nn.functional as F
+from against_autograd import MODEL  # beside this script
 from deepspeed.utils import safe_get_full_grad
 
 from cmpt.batch import PackedPatches, PackedText
@@ -28,7 +30,7 @@ from cmpt.engine.build import build_engine
 from cmpt.engine.step import clip_step
 from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP
-from cmpt.recipe.schema import Engine, Image, Loss, Masking, Model, Optimizer, Text, Vision
+from cmpt.recipe.schema import Engine, Image, Loss, Masking, Model, Optimizer
 
 BATCH = 12
 HOLES = [2, 7]
@@ -36,15 +38,7 @@ STAGES, MICRO, LOSSES = (0, 1, 2, 3), (None, 1, 2), ("infonce", "sigmoid")
 
 
 def model_of(loss: str) -> Model:
-    return Model(
-        patch_size=8,
-        embed_dim=20,
-        vision=Vision(width=36, layers=2, heads=2),
-        text=Text(width=28, layers=2, heads=2),
-        context_length=8,
-        vocab_size=61,
-        logit_bias_init=-3.0 if loss == "sigmoid" else None,
-    )
+    return replace(MODEL, logit_bias_init=-3.0 if loss == "sigmoid" else None)
 
 
 def rows_of(rows: list[int], holes: list[int]) -> tuple[PackedPatches, PackedText, torch.Tensor]:
