@@ -70,7 +70,8 @@ def test_a_run_leaves_what_the_design_promises(uninterrupted: Path) -> None:
         assert (uninterrupted / name).exists(), name
     assert {path.name for path in (uninterrupted / "pictures").iterdir()} == {"masks.png", "queries.png"}
     checkpoints = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
-    assert checkpoints == ["step_00000004", "step_00000008", "step_00000012"]
+    assert checkpoints == ["latest", "step_00000004", "step_00000008", "step_00000012"]
+    assert (uninterrupted / "checkpoints" / "latest").read_text() == "step_00000012\n"
     steps = rows(uninterrupted)
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert all(row["samples_seen"] == 32 * row["step"] for row in steps)
@@ -124,7 +125,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(uninterrupted: P
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=100) == 128 + signal.SIGTERM
-    saved = [int(path.name[5:]) for path in (run / "checkpoints").iterdir()]
+    saved = [int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")]
     assert saved == [len(rows(run))] and saved[0] < 12
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr

@@ -42,8 +42,8 @@ from cmpt.batch import ImageTextBatch
 from cmpt.data.streams import LoaderState
 from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
 from cmpt.dist import process_group
-from cmpt.engine.build import build_engine
-from cmpt.engine.step import clip_step
+from cmpt.engine.build import build as build_trained
+from cmpt.engine.step import find_gradient, take_step
 from cmpt.masking.patches import standardise
 from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP
@@ -156,7 +156,7 @@ def cmpt_step(options: argparse.Namespace, recipe: Recipe, strategy: str, device
         for tower in (clip.visual, clip.text):
             for block in tower.transformer.blocks:
                 block.compile(dynamic=True)
-    engine = build_engine(clip, recipe.engine, recipe.optimizer, 1, device)
+    trained = build_trained(clip, recipe.engine, recipe.optimizer, 1, device)
     mask = MaskStage(Masking(strategy=strategy), recipe.image, recipe.model.patch_size, seed=0)
 
     def step(batch: ImageTextBatch) -> Taken:
@@ -165,10 +165,11 @@ def cmpt_step(options: argparse.Namespace, recipe: Recipe, strategy: str, device
         lengths = masked.patches.lengths
         mask_ratio = 1 - sum(lengths) / (len(lengths) * masked.keep_BL.shape[1])
         mask.advance(mask_ratio)
-        result = clip_step(engine, masked.patches, batch.text, None, recipe.optimizer.lr, recipe.loss, False)
+        result = find_gradient(trained, masked.patches, batch.text, None, recipe.loss)
+        take_step(trained, result, recipe.optimizer.lr, None)
         seconds = now(device) - began
         flops = training_flops(recipe.model, lengths, batch.text.lengths, options.batch_size)
-        return Taken(float(result.loss), seconds, flops, mask_ratio)
+        return Taken(result.loss, seconds, flops, mask_ratio)
 
     return step
 

@@ -44,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the model's recipe")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     try:
-        opened = open_model(options.model, options.overrides)
+        opened = open_model(options.model, options.overrides, options.ema)
         recipe = opened.recipe
         data = recipe.data if recipe.data.heldout else EMBEDDED
         results = evaluate(opened.clip, recipe, data, torch.device(options.device))

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint, or an exported folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist or be empty")
     parser.add_argument("--half", action="store_true", help="store the weights in fp16: half the size")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
     parser.add_argument("--verify", action="store_true", help="confirm the result with open_clip itself")
     parser.add_argument("--verify-only", action="store_true", help="write nothing: confirm an OUT that is there")
     parser.add_argument("--images", type=at_least_1, default=32, help="images that --verify compares (%(default)s)")
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verify or options.verify_only:
             import_open_clip()  # before anything is written
-        opened = open_model(options.checkpoint)
+        opened = open_model(options.checkpoint, average=options.ema)
         for note in opened.notes:
             print(note)
         if not options.verify_only:

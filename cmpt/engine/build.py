@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -10,28 +11,80 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from cmpt.models.clip import CLIP, parameter_groups
+from cmpt.engine.sharded import Average
+from cmpt.models.clip import CLIP, layer_rates, parameter_groups
 from cmpt.recipe.schema import Engine, Optimizer
 
-__all__ = ["DeepSpeedEngine", "build_engine", "clip_of", "deepspeed_config"]
+__all__ = ["COMPUTE_DTYPES", "LossScale", "Trained", "build", "deepspeed_config"]
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_GROWTH_STEPS = 2000
 
 
-def deepspeed_config(engine: Engine, optimizer: Optimizer, world_size: int) -> dict[str, Any]:
+@dataclass
+class LossScale:
+    """What the loss is multiplied by, so that small fp16 gradients are not lost; 1 for other precisions.
+
+    Halved when a gradient overflows, doubled after 2,000 steps without (mixed precision training, arXiv 1710.03740,
+    section 3.2; torch.amp.GradScaler's constants).
+    """
+
+    value: float = 1.0
+    clean_steps: int = 0
+
+    def succeeded(self) -> None:
+        self.clean_steps += 1
+        if self.value > 1 and self.clean_steps >= _GROWTH_STEPS:
+            self.value, self.clean_steps = self.value * 2, 0
+
+    def failed(self) -> None:
+        self.value, self.clean_steps = max(1.0, self.value / 2), 0
+
+
+@dataclass
+class Trained:
+    """The model in training: DeepSpeed's engine and what cmpt keeps beside it."""
+
+    engine: DeepSpeedEngine
+    average: Average | None = None
+    """EMA of the weights, with optimizer.ema_decay."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+
+    @property
+    def clip(self) -> CLIP:
+        """The model inside the engine."""
+        module: nn.Module = self.engine.module
+        assert isinstance(module, CLIP)
+        return module
+
+
+def deepspeed_config(engine: Engine, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration; `engine.deepspeed` of the recipe is laid over it, section by section.
 
     Parameters stay fp32 and the towers run in `engine.precision` (models/transformer.py), so neither DeepSpeed's bf16
-    mode nor autocast is on: the temperature, the optimizer's state and the gradient reduction are fp32 throughout.
+    and fp16 modes nor autocast are on: the temperature, the optimizer's state, and the accumulation and reduction of
+    gradients are fp32 throughout. Clipping is done in engine/step.py, from a norm that is known already.
     """
     # Sharding over one process saves nothing and copies every parameter and gradient (a fifth of a ViT-B/16 step of 32
-    # pairs on a CPU). Who passes a section of their own, say for offloading, gets the stage that the recipe says.
-    alone = world_size == 1 and "zero_optimization" not in engine.deepspeed
+    # pairs on a CPU). Who offloads, or passes a section of their own, gets the stage that the recipe says.
+    alone = world_size == 1 and not engine.offload_optimizer and "zero_optimization" not in engine.deepspeed
     stage = 0 if alone else engine.zero_stage
+    overlap = stage > 1 if engine.overlap_communication is None else engine.overlap_communication
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": overlap,
+        "reduce_bucket_size": engine.bucket_elements,
+        "allgather_bucket_size": engine.bucket_elements,
+    }
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    elif stage in (1, 2):
+        zero["compute_grad_norm"] = False  # ours is taken for every step
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": engine.batch_size // world_size,
         "gradient_accumulation_steps": 1,
-        # 0 is off. DeepSpeed's own default has been 1.0 since 0.19.3, so it is always said.
-        "gradient_clipping": optimizer.clip_norm or 0.0,
-        "zero_optimization": {"stage": stage, "overlap_comm": stage > 1},
+        "gradient_clipping": 0.0,  # off; DeepSpeed's own default has been 1.0 since 0.19.3
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -45,19 +98,20 @@ def deepspeed_config(engine: Engine, optimizer: Optimizer, world_size: int) -> d
     return config
 
 
-def build_engine(
-    clip: CLIP, engine: Engine, optimizer: Optimizer, world_size: int, device: torch.device
-) -> DeepSpeedEngine:
-    """The DeepSpeed engine around `clip`, with AdamW and cmpt's parameter groups (each with its `name`)."""
+def build(clip: CLIP, engine: Engine, optimizer: Optimizer, world_size: int, device: torch.device) -> Trained:
+    """DeepSpeed's engine around `clip`, with AdamW and cmpt's parameter groups (each with `name` and `lr_share`)."""
     clip.to(device)
-    clip.compute_dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    clip.compute_dtype = COMPUTE_DTYPES[engine.precision]
+    by_layer = optimizer.vision_layer_decay != 1 or optimizer.text_layer_decay != 1
+    rates = layer_rates(clip, optimizer.vision_layer_decay, optimizer.text_layer_decay)
     groups = [
         {
             "params": list(parameters.values()),
             "name": name,
             "weight_decay": optimizer.weight_decay if name.endswith(".decay") else 0.0,
+            "lr_share": rates[name] if by_layer else 1.0,
         }
-        for name, parameters in parameter_groups(clip).items()
+        for name, parameters in parameter_groups(clip, by_layer).items()
     ]
     adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -65,16 +119,10 @@ def build_engine(
         model=clip,
         optimizer=adamw,
         model_parameters=clip.parameters(),
-        config=deepspeed_config(engine, optimizer, world_size),
+        config=deepspeed_config(engine, world_size),
         dist_init_required=False,
     )
     if world_size == 1 and built.zero_optimization_stage() == 0:
         built.enable_backward_allreduce = False  # it would flatten, divide by one and copy back every gradient
-    return built
-
-
-def clip_of(engine: DeepSpeedEngine) -> CLIP:
-    """The model inside the engine."""
-    module: nn.Module = engine.module
-    assert isinstance(module, CLIP)
-    return module
+    average = None if optimizer.ema_decay is None else Average(built, optimizer.ema_decay)
+    return Trained(built, average, LossScale(2.0**16 if engine.precision == "fp16" else 1.0))

@@ -1,44 +1,44 @@
-"""Checkpoints that are whole or absent: written beside, hashed, synced, renamed; verified before they are used.
+"""Checkpoints: every rank writes its part while training goes on; whole or absent, verified before they are used.
 
 A checkpoint is a folder `step_<8 digits>` with
 
-    model.safetensors       fp32 parameters by name
-    optimizer.safetensors   "exp_avg.<name>" and "exp_avg_sq.<name>"
-    state.json              step, loader cursors of all streams, threshold, skip counts, optimizer steps
-    MANIFEST.json           size and SHA-256 of each of these; written last
+    part-<rank>-of-<world>.safetensors  fp32 pieces of parameters, AdamW's moments and, if kept, their average
+    state.json                          step, loader cursors of all streams, threshold, skip counts, guard, shapes
+    MANIFEST.json                       size and SHA-256 of each of these; written last
 
-Everything is by parameter name and by stream, never by rank, so it loads at any world size and any ZeRO stage. Nothing
-is pickled. There is no generator state: all randomness is keyed by the seed and the sample's ordinal (ops/random.py).
+Pieces are found by parameter name and place, streams by number, so it loads at any world size and any ZeRO stage.
+Nothing is pickled. There is no generator state: all randomness is keyed by the seed and the sample's ordinal.
+
+The training loop is held up by a copy to host memory only. One thread of each rank then writes, hashes and syncs its
+part. In which step all are done the ranks learn from the sum that every step makes anyway (engine/counts.py); rank 0
+then writes the manifest and renames the folder.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import deepspeed
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmpt.batch import Rejection
-from cmpt.dist.process_group import barrier, broadcast_object
+from cmpt.dist.process_group import broadcast_object, gather_objects, sum_over_ranks
 from cmpt.engine import sharded
-from cmpt.engine.manifest import (
-    FORMAT,
-    PARAMETERS,
-    STATE,
-    CheckpointError,
-    check_shapes,
-    checkpoints_newest_first,
-    newest_sound,
-    sync,
-    verify,
-    write_manifest,
-)
+from cmpt.engine.build import LossScale, Trained
+from cmpt.engine.manifest import STATE, CheckpointError, Entry, check_shapes, entry
+from cmpt.engine.parts import Parts, part_name, write_part
+from cmpt.engine.store import Store
 
 
 @dataclass
@@ -53,6 +53,8 @@ class TrainState:
     """State of the threshold controller (masking/threshold.py)."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples that could not be used so far, by cause, over all ranks."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of the guard of the loss (monitor/guard.py)."""
     seed: int = 0
     """The run's seed: with the step, the whole state of its randomness."""
     image_size: int = 0
@@ -68,108 +70,213 @@ class TrainState:
             self.skipped[rejection.cause] = self.skipped.get(rejection.cause, 0) + 1
 
 
+@dataclass(frozen=True)
+class Report:
+    """What became of a checkpoint; only rank 0 has them."""
+
+    step: int
+    path: Path | None = None  # None: there is no checkpoint of this step
+    fault: str | None = None  # what went wrong, for people to read; with a path, a copy of it is missing
+    bytes: int = 0
+    write_s: float = 0.0  # from the copy to host memory until it was complete
+    stall_s: float = 0.0  # that training was held up
+
+
 class Checkpoints:
-    """The checkpoints of one run. `faults`: what made `load_newest` pass over a checkpoint, a line each."""
+    """The checkpoints of one run, and at most one that is being written.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    `before_publishing` is called, in another thread, before a checkpoint becomes visible: what a resume relies on has
+    to be on the disk by then. All methods but `taken_reports` are collective.
+    """
+
+    def __init__(self, store: Store, before_publishing: Callable[[], None] = lambda: None) -> None:
+        self.store = store
+        self.before_publishing = before_publishing
         self.faults: list[str] = []
+        """What made a load pass over a checkpoint, a line each."""
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._buffers: dict[str, list[Tensor]] = {}
+        self._part: Future[dict[str, Entry]] | None = None  # being written; None on all ranks or on none
+        self._begun = Report(0)
+        self._began = 0.0
+        self._publishing: Future[Report] | None = None
+        self._reports: SimpleQueue[Report] = SimpleQueue()
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, state: TrainState) -> Path:
-        """Write the checkpoint of `state.step` and drop the oldest beyond `keep`; every rank calls it.
+    def save(self, trained: Trained, state: TrainState, last: bool = False) -> float:
+        """Begin the checkpoint of `state.step`; returns the seconds that this rank was held up.
 
-        Raises CheckpointError on every rank if rank 0 could not write (disk full, no permission).
+        If the one before is still being written, the disk is too slow: this one is left out, and a report says so.
+        The `last` one of a start waits instead.
         """
-        final = self.folder / f"step_{state.step:08d}"
-        primary = engine.global_rank == 0
-        parameters: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        for name, values in sharded.full_state(engine):
+        began = time.perf_counter()
+        primary = dist.get_rank() == 0
+        if last:
+            self._wait_for_parts()
+        if self._part is not None:
+            fault = f"no checkpoint of step {state.step}: that of step {self._begun.step} is still being written"
             if primary:
-                parameters[name] = values["param"]
-                moments.update({f"{key}.{name}": values[key] for key in sharded.MOMENTS})
-        error = None
+                self._reports.put(Report(state.step, fault=f"{fault}; the disk is too slow"))
+            return 0.0
+        starts = self._copy_to_host(trained)
+        text = None
         if primary:
-            try:
-                extra = {"optimizer_steps": sharded.optimizer_steps(engine), "format": FORMAT}
-                _write_folder(final, parameters, moments, {**asdict(state), **extra})
-                self._prune()
-            except (OSError, SafetensorError, CheckpointError) as cause:
-                error = f"checkpoint {final} could not be written: {cause}"
-        error = broadcast_object(error)
-        if error:
-            raise CheckpointError(error)
-        return final
+            more = {
+                "optimizer_steps": sharded.optimizer_steps(trained.engine),
+                "loss_scale": asdict(trained.loss_scale),
+            }
+            text = json.dumps({**asdict(state), **more, "parameters": sharded.shapes(trained.engine)}, indent=1)
+        beside = self.store.beside(state.step)
+        name = part_name(dist.get_rank(), dist.get_world_size())
+        self._part = self._worker.submit(_write, beside, name, starts, self._buffers, text)
+        stall = time.perf_counter() - began
+        self._begun, self._began = Report(state.step, stall_s=stall), began
+        return stall
 
-    def load_newest(self, engine: deepspeed.DeepSpeedEngine) -> TrainState | None:
-        """Load the newest checkpoint that is sound, or return None where there is none; every rank calls it.
+    def progress(self) -> tuple[bool, bool]:
+        """Whether this rank's part is written, or has failed; not collective. For the sum of every step."""
+        if self._part is None or not self._part.done():
+            return False, False
+        failed = self._part.exception() is not None
+        return not failed, failed
+
+    def settle(self, written: int, failed: int) -> None:
+        """Complete, or give up, the checkpoint whose parts are `written` or `failed` on so many ranks."""
+        if self._part is None or written + failed < dist.get_world_size():
+            return
+        fault, files = None, {}
+        try:
+            files = self._part.result()
+        except (OSError, SafetensorError, CheckpointError) as cause:
+            fault = f"rank {dist.get_rank()}: {cause}"
+        self._part = None
+        everything = gather_objects((fault, files))
+        if dist.get_rank() == 0:
+            faults = [fault for fault, _ in everything if fault]
+            listed = {name: listed for _, files in everything for name, listed in files.items()}
+            self._publishing = self._worker.submit(self._complete, self._begun, self._began, faults, listed)
+
+    def finish(self) -> None:
+        """Wait until what was begun is complete. Raises CheckpointError, on every rank, if it could not be written."""
+        self._wait_for_parts()
+        report = self._publishing.result() if self._publishing is not None else None
+        fault = broadcast_object(report.fault if report is not None and report.path is None else None)
+        if fault:
+            raise CheckpointError(fault)
+
+    def taken_reports(self) -> list[Report]:
+        """What has become of checkpoints since the last call."""
+        taken = []
+        while not self._reports.empty():
+            taken.append(self._reports.get())
+        return taken
+
+    def load_newest(self, trained: Trained) -> TrainState | None:
+        """Load the newest checkpoint that is sound, or return None where there is none.
 
         One that fails verification is noted in `faults` and set aside until the next checkpoint is written. Raises
         CheckpointError if there are checkpoints but not one is sound: starting over in silence would lose the run.
         """
         chosen: Path | None = None
-        if engine.global_rank == 0:
-            chosen, passed_over = newest_sound(self.folder)
-            for unsound, fault in passed_over:
-                self.faults.append(f"checkpoint passed over: {fault}")
-                unsound.rename(unsound.with_name(f".unsound_{unsound.name}"))
+        if dist.get_rank() == 0:
+            self.store.clean()
+            chosen, self.faults = self.store.newest_sound()
             if chosen is None and not self.faults:
-                self.faults = [f"set aside earlier: {path}" for path in self.folder.glob(".unsound_*")]
+                self.faults = [f"set aside earlier: {path}" for path in self.store.set_aside()]
         chosen, self.faults = broadcast_object((chosen, self.faults))
         if chosen is None:
             if self.faults:
-                raise CheckpointError(f"{self.folder}: no sound checkpoint is left; " + "; ".join(self.faults))
+                raise CheckpointError(f"{self.store.folder}: no sound checkpoint is left; " + "; ".join(self.faults))
             return None
-        return load(chosen, engine)
+        blind = [rank for rank, seen in enumerate(gather_objects(chosen.is_dir())) if not seen]
+        if blind:
+            where = f"rank {blind[0]}" + (f" and {len(blind) - 1} more" if len(blind) > 1 else "")
+            raise CheckpointError(f"{chosen}: {where} cannot see it; run.folder must be shared by all hosts")
+        return load(chosen, trained)
 
-    def _prune(self) -> None:
-        for old in checkpoints_newest_first(self.folder)[max(1, self.keep) :]:
-            # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
-            doomed = old.with_name(f".deleting_{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
-        for kind in ("writing", "deleting", "unsound"):
-            for leftover in self.folder.glob(f".{kind}_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+    def rewind(self, trained: Trained) -> int | None:
+        """Put the weights, moments and average of the newest checkpoint back; its step, or None where there is none."""
+        with suppress(CheckpointError):  # there is a report of it, and an older one will do
+            self.finish()
+        state = self.load_newest(trained)
+        return state.step if state else None
+
+    def _wait_for_parts(self) -> None:
+        if self._part is not None:
+            self._part.exception()
+            written, failed = sum_over_ranks(torch.tensor(self.progress(), dtype=torch.int64)).tolist()
+            self.settle(written, failed)
+
+    def _copy_to_host(self, trained: Trained) -> dict[str, int]:
+        """This rank's pieces into buffers that are kept from one checkpoint to the next; where each piece begins."""
+        own = sharded.own_pieces(trained.engine)
+        for kind, tensors in sharded.kept_tensors(trained.engine, trained.average).items():
+            held = [piece.of(tensors) for piece in own]
+            if kind not in self._buffers:
+                pinned = torch.cuda.is_available()
+                self._buffers[kind] = [torch.empty(len(h), dtype=torch.float32, pin_memory=pinned) for h in held]
+            for buffer, value in zip(self._buffers[kind], held, strict=True):
+                buffer.copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return {piece.name: piece.start for piece in own}
+
+    def _complete(self, begun: Report, began: float, faults: list[str], files: dict[str, Entry]) -> Report:
+        """On rank 0, in the worker: make the written parts a checkpoint, copy it, delete old ones; report."""
+        step, path, fault = begun.step, None, "; ".join(faults)
+        try:
+            if faults:
+                raise CheckpointError(fault)
+            self.before_publishing()
+            path = self.store.publish(step, files)
+            try:
+                self.store.copy(path)
+            finally:  # old ones would fill the first disk while the second is away
+                self.store.prune()
+        except (OSError, CheckpointError) as cause:
+            fault = str(cause)
+        if path is None:
+            fault = f"checkpoint of step {step} could not be written: {fault}"
+            self.store.abandon(step)
+        elif fault:
+            fault = f"checkpoint of step {step} could not be copied, or an old one not deleted: {fault}"
+        size = sum(listed["bytes"] for listed in files.values())
+        spent = time.perf_counter() - began
+        report = Report(step, path, fault or None, size, spent, begun.stall_s)
+        self._reports.put(report)
+        return report
 
 
-def load(folder: Path, engine: deepspeed.DeepSpeedEngine) -> TrainState:
+def load(folder: Path, trained: Trained) -> TrainState:
     """Put a verified checkpoint into the engine, whatever its world size and ZeRO stage; every rank calls it.
 
     Raises CheckpointError, naming the tensors, if the checkpoint is of another model.
     """
-    parameters = load_file(folder / PARAMETERS)
-    moments = load_file(folder / "optimizer.safetensors")
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
-    found = {name: tuple(value.shape) for name, value in parameters.items()}
-    check_shapes(folder, expected, found)
-    state = json.loads((folder / STATE).read_text())
-    steps = state.pop("optimizer_steps")
-    state.pop("format")
-    full = {
-        name: {"param": parameters[name], **{key: moments[f"{key}.{name}"] for key in sharded.MOMENTS}}
-        for name in parameters
-    }
-    sharded.load_full_state(engine, full, steps)
-    barrier()
+    parts = Parts(folder)
+    check_shapes(folder, sharded.shapes(trained.engine), parts.shapes)
+    state = parts.state
+    steps, trained.loss_scale = state.pop("optimizer_steps"), LossScale(**state.pop("loss_scale"))
+    # A run that keeps an average only from here on begins it with the weights.
+    averages = parts.has(sharded.AVERAGE)
+
+    def read(kind: str, piece: sharded.Piece) -> Tensor:
+        kind = sharded.PARAMETER if kind == sharded.AVERAGE and not averages else kind
+        return parts.read(kind, piece.name, piece.start, piece.numel)
+
+    sharded.fill(trained.engine, trained.average, steps, read)
     return TrainState(**state)
 
 
-def _write_folder(
-    final: Path, parameters: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]
-) -> None:
-    beside = final.with_name(f".writing_{final.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(parameters, beside / PARAMETERS)
-    save_file(moments, beside / "optimizer.safetensors")
-    (beside / STATE).write_text(json.dumps(state, indent=1))
-    write_manifest(beside, state["step"])
-    verify(beside)
-    if final.exists():  # the same step again, after a resume; what lies there may be unsound
-        doomed = final.with_name(f".deleting_{final.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        final.rename(doomed)
-    beside.rename(final)
-    sync(final.parent)
+def _write(
+    beside: Path, name: str, starts: dict[str, int], tensors: dict[str, list[Tensor]], state: str | None
+) -> dict[str, Entry]:
+    """In the worker: one rank's part, and on rank 0 the state; what the manifest is to say of them."""
+    beside.mkdir(parents=True, exist_ok=True)
+    write_part(beside / name, starts, tensors)
+    mask = os.umask(0)
+    os.umask(mask)
+    (beside / name).chmod(0o666 & ~mask)  # safetensors writes for the owner alone
+    written = {name: entry(beside / name)}
+    if state is not None:
+        (beside / STATE).write_text(state)
+        written[STATE] = entry(beside / STATE)
+    return written

@@ -24,6 +24,8 @@ class StepCounts:
     holes: int
     rejections: list[Rejection]  # of all ranks: samples that could not be used
     stop_signal: int  # the number of a signal that some rank got, or 0
+    parts_written: int  # ranks that have written their part of the checkpoint in progress
+    parts_failed: int  # ranks that could not
 
     @property
     def mask_ratio(self) -> float:
@@ -31,9 +33,17 @@ class StepCounts:
 
 
 def count_step(
-    model: Model, masked: Masked, batch: ImageTextBatch, engine: Engine, stop_signal: int | None
+    model: Model,
+    masked: Masked,
+    batch: ImageTextBatch,
+    engine: Engine,
+    stop_signal: int | None,
+    part: tuple[bool, bool] = (False, False),
 ) -> StepCounts:
-    """Collective. A rank that got a signal says so here, and all ranks stop after the same step."""
+    """Collective. A rank that got a signal says so here, and all ranks stop after the same step.
+
+    `part`: whether this rank's part of a checkpoint is written, or has failed (engine/checkpoint.py).
+    """
     images = masked.patches.lengths
     cached = engine.micro_batch_size is not None and engine.micro_batch_size < len(batch.keys)
     local = [
@@ -45,8 +55,9 @@ def count_step(
         len(batch.rejections),
         stop_signal or 0,
         int(stop_signal is not None),
+        *(int(told) for told in part),
     ]
-    *sums, rejected, signals, told = sum_over_ranks(torch.tensor(local)).tolist()
+    *sums, rejected, signals, told, written, failed = sum_over_ranks(torch.tensor(local)).tolist()
     kept, patches, text_tokens, flops, holes = sums
     rejections = [rejection for part in gather_objects(batch.rejections) for rejection in part] if rejected else []
-    return StepCounts(kept, patches, text_tokens, flops, holes, rejections, signals // max(told, 1))
+    return StepCounts(kept, patches, text_tokens, flops, holes, rejections, signals // max(told, 1), written, failed)

@@ -1,4 +1,7 @@
-"""What makes a checkpoint whole: the list of its files with their sizes and hashes. Torch-free."""
+"""What makes a checkpoint whole: the list of its files with their sizes and hashes. Torch-free.
+
+Nothing of a checkpoint is used before its hashes agree, and nothing in one is pickled.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,25 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 MANIFEST = "MANIFEST.json"
-PARAMETERS = "model.safetensors"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is not what its manifest says."""
+    """A checkpoint is not what its manifest says, or could not be written."""
+
+
+class Entry(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 def checkpoints_newest_first(folder: Path) -> list[Path]:
@@ -25,10 +36,14 @@ def checkpoints_newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[tuple[Path, CheckpointError]]]:
-    """The newest checkpoint in a run's folder `checkpoints` that `verify` confirms, and those passed over, with why."""
+def newest_sound(*folders: Path) -> tuple[Path | None, list[tuple[Path, CheckpointError]]]:
+    """The newest checkpoint that `verify` confirms, and those passed over, with why.
+
+    `folders`: a run's `checkpoints`, and where copies of them are; of two alike the first folder's is taken.
+    """
     passed_over: list[tuple[Path, CheckpointError]] = []
-    for candidate in checkpoints_newest_first(folder):
+    candidates = [path for folder in folders for path in checkpoints_newest_first(folder)]
+    for candidate in sorted(candidates, key=lambda path: int(path.name[5:]), reverse=True):
         try:
             verify(candidate)
         except CheckpointError as fault:
@@ -46,32 +61,56 @@ def check_shapes(source: Path, expected: dict[str, tuple[int, ...]], found: dict
         raise CheckpointError(f"{source}: {len(wrong)} tensors do not fit the model: {shapes}")
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """List what is in the folder, and bring all of it to the disk."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-    for path in (*folder.iterdir(), folder):
-        sync(path)
+def entry(path: Path) -> Entry:
+    """Size and hash of a file, once it has been brought to the disk."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def write_manifest(folder: Path, step: int, files: Mapping[str, Entry]) -> None:
+    """The last file of a checkpoint; with the folder's entries it is brought to the disk."""
+    manifest = folder / MANIFEST
+    manifest.write_text(_manifest_text({"format": FORMAT, "step": step, "files": files}))
+    sync(manifest)
+    sync(folder)
+
+
+def listed_files(folder: Path) -> dict[str, Entry]:
+    """What the manifest lists. Raises CheckpointError unless every byte of the manifest is as it was written."""
+    try:
+        text = (folder / MANIFEST).read_bytes().decode()  # read_text would take a "\r" for the "\n" that was written
+        manifest = json.loads(text)
+        written = manifest["format"]
+        files: dict[str, Entry] = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise CheckpointError(f"{folder}: no readable {MANIFEST} ({cause})") from cause
+    if written != FORMAT:
+        raise CheckpointError(f"{folder}: written by another version of cmpt (format {written}, expected {FORMAT})")
+    manifest.pop("sha256", None)
+    if text != _manifest_text(manifest):
+        raise CheckpointError(f"{folder / MANIFEST}: its SHA-256 is not the one it ends with")
+    return files
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    own = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": own}, indent=1)
 
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        written = manifest["format"]
-    except (OSError, ValueError, KeyError) as cause:
-        raise CheckpointError(f"{folder}: no readable {MANIFEST} ({cause})") from cause
-    if written != FORMAT:
-        raise CheckpointError(f"{folder}: written by another version of cmpt (format {written}, expected {FORMAT})")
-    for name, entry in files.items():
+    files = listed_files(folder)
+    for name, listed in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: its SHA-256 is not the manifest's")
+        if path.stat().st_size != listed["bytes"]:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {listed['bytes']}")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(_sha256, [folder / name for name in files]))
+    for (name, listed), found in zip(files.items(), hashes, strict=True):
+        if found != listed["sha256"]:
+            raise CheckpointError(f"{folder / name}: its SHA-256 is not the manifest's")
 
 
 def sync(path: Path) -> None:
@@ -84,5 +123,8 @@ def sync(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as cause:
+        raise CheckpointError(f"{path}: cannot be read ({cause})") from cause

@@ -3,7 +3,6 @@ or somebody else's weights of open_clip's native ViT kind."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
-from cmpt.engine.manifest import MANIFEST, PARAMETERS, STATE, CheckpointError, check_shapes, newest_sound, verify
+from cmpt.engine.manifest import MANIFEST, STATE, CheckpointError, check_shapes, newest_sound, verify
+from cmpt.engine.parts import Parts
+from cmpt.engine.sharded import AVERAGE, PARAMETER
 from cmpt.models.clip import CLIP
 from cmpt.models.open_clip_format import (
     ASSUMED,
@@ -57,16 +56,20 @@ class OpenedModel:
         return to_open_clip({**parameters, "logit_scale": bounded}, self.recipe.model)
 
 
-def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
+def open_model(path: str, overrides: Sequence[str] = (), average: bool = False) -> OpenedModel:
     """Open what lies at `path`; `overrides` (key=value) go over its recipe, for what the weights do not decide.
+
+    `average`: of a run or a checkpoint, the average of the weights that optimizer.ema_decay keeps.
 
     Raises CheckpointError, FormatError, RecipeError or, for its tokenizer, DataError; each in one line.
     """
     place = Path(path).expanduser()
     if (place / "checkpoints").is_dir():
-        opened = _open_verified(_newest_sound(place), overrides)
-    elif (place / MANIFEST).is_file() or (place / PARAMETERS).is_file() and (place / STATE).is_file():
-        opened = open_checkpoint(place, overrides)
+        opened = _open_verified(_newest_sound(place), overrides, average)
+    elif (place / MANIFEST).is_file() or (place / STATE).is_file():
+        opened = open_checkpoint(place, overrides, average)
+    elif average and place.exists():
+        raise FormatError(f"{path}: only a run or a checkpoint has an average of the weights (EMA)")
     elif place.is_file() or (place / CONFIG_FILE).is_file():
         opened = _open_foreign(place, overrides)
     elif place.exists():
@@ -90,27 +93,26 @@ def _newest_sound(run: Path) -> Path:
     return chosen
 
 
-def open_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> OpenedModel:
+def open_checkpoint(folder: Path, overrides: Sequence[str] = (), average: bool = False) -> OpenedModel:
     """One checkpoint of a run, `<run>/checkpoints/step_<8 digits>`; nothing of it is used before its hashes agree.
 
     After a phase with another image size the model is of that size: its position table is the interpolated one.
     """
     verify(folder)
-    return _open_verified(folder, overrides)
+    return _open_verified(folder, overrides, average)
 
 
-def _open_verified(folder: Path, overrides: Sequence[str]) -> OpenedModel:
+def _open_verified(folder: Path, overrides: Sequence[str], average: bool) -> OpenedModel:
     recipe_file = folder.resolve().parent.parent / "recipe.yaml"
     if not recipe_file.is_file():
         raise CheckpointError(f"{folder}: the run's recipe is missing; expected {recipe_file}")
     loaded = load_recipe(str(recipe_file), overrides)
     _refuse(loaded, WITH_THE_WEIGHTS, "was decided when the model was trained")
     recipe = loaded.recipe
-    try:
-        parameters = load_file(folder / PARAMETERS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / PARAMETERS}: {error}") from error
-    state = json.loads((folder / STATE).read_text())
+    parts = Parts(folder)
+    if average and not parts.has(AVERAGE):
+        raise CheckpointError(f"{folder}: has no average of the weights; the run had no optimizer.ema_decay")
+    parameters, state = parts.full(AVERAGE if average else PARAMETER), parts.state
     clip = _filled(recipe.model, recipe.image.size, parameters, folder)
     size = state.get("image_size") or recipe.image.size
     notes: tuple[str, ...] = ()

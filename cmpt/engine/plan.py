@@ -46,6 +46,7 @@ class Plan:
         self.stop_step = min(done, steps(recipe.run.stop_after)) if recipe.run.stop_after else done
         self._log_every = steps(recipe.run.log_every)
         self._checkpoint_every = steps(recipe.run.checkpoint_every)
+        self._compare_every = steps(recipe.guard.weights_every) if recipe.guard.weights_every else None
         self._evaluate_every = steps(recipe.evaluation.every) if recipe.evaluation.every else None
 
     def logs(self, step: int) -> bool:
@@ -56,6 +57,9 @@ class Plan:
 
     def evaluates(self, step: int) -> bool:
         return self._due(self._evaluate_every, step)
+
+    def compares_weights(self, step: int) -> bool:
+        return self._due(self._compare_every, step)
 
     def _due(self, every: int | None, step: int) -> bool:
         """Everything is due at the end, wherever it is."""

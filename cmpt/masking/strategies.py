@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmpt.batch import PackedPatches
-from cmpt.masking.cluster import draw_anchors, keep_by_similarity, nearest_anchor_similarity
+from cmpt.masking.cluster import draw_anchors, keep_by_similarity, least_hidden, nearest_anchor_similarity
 from cmpt.masking.patches import pack, patchify, standardise
 from cmpt.masking.threshold import ThresholdController
 from cmpt.ops.random import Purpose, random_words_tensor
@@ -35,6 +35,10 @@ class KeepAll:
         return torch.ones(patches_BLP.shape[:2], dtype=torch.bool, device=patches_BLP.device)
 
 
+def _kept_of(patches: int, ratio: float) -> int:
+    return max(1, int(patches * (1 - ratio) + 1e-9))
+
+
 class Random:
     """FLIP (arXiv 2212.00794, section 3.1): int(L * (1 - ratio)) uniformly drawn patches stay, at least one."""
 
@@ -45,7 +49,7 @@ class Random:
     def __call__(self, patches_BLP: Tensor, ordinal_B: Tensor) -> Tensor:
         batch, patches, _ = patches_BLP.shape
         words_BL = random_words_tensor(self.seed, ordinal_B, Purpose.KEEP, patches)
-        kept = max(1, int(patches * (1 - self.ratio) + 1e-9))
+        kept = _kept_of(patches, self.ratio)
         keep_BL = torch.zeros(batch, patches, dtype=torch.bool, device=patches_BLP.device)
         return keep_BL.scatter(1, words_BL.topk(kept, dim=1).indices, True)
 
@@ -72,6 +76,15 @@ class Cluster:
         assert self.control.threshold is not None
         words_BL = random_words_tensor(self.seed, ordinal_B, Purpose.EXTRA_DROPS, patches)
         return keep_by_similarity(similarity_BL, words_BL, self.control.threshold, self.masking.min_ratio)
+
+
+def most_kept(masking: Masking, patches: int) -> int:
+    """The most patches that a strategy can leave of an image with so many."""
+    if masking.strategy == "none":
+        return patches
+    if masking.strategy == "random":
+        return _kept_of(patches, masking.ratio)
+    return max(1, patches - least_hidden(patches, masking.min_ratio))
 
 
 @dataclass(frozen=True)

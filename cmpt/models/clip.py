@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,18 +79,41 @@ class _Clamp(torch.autograd.Function):
         return grad.masked_fill(outward, 0.0), None, None
 
 
-def parameter_groups(model: CLIP, names: Sequence[str] = ("visual", "text")) -> dict[str, dict[str, nn.Parameter]]:
+def parameter_groups(model: CLIP, by_layer: bool = False) -> dict[str, dict[str, nn.Parameter]]:
     """Parameters by tower and by whether weight decay applies: "visual.decay", "visual.no_decay", …, "temperature".
 
     No decay on vectors (gains, biases, the class token) and the temperature (CLIP, section 2.5);
-    the bias of the logits is with the latter.
+    the bias of the logits is with the latter. `by_layer` splits towers by depth as well, "visual.3.decay": 0 is what
+    lies before the blocks, then one for each block, then what follows them.
     """
-    groups: dict[str, dict[str, nn.Parameter]] = {f"{n}.{k}": {} for n in names for k in ("decay", "no_decay")}
-    groups["temperature"] = {}
+    groups: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if name in ("logit_scale", "logit_bias"):
-            groups["temperature"][name] = parameter
+        tower = name.split(".")[0]
+        if tower not in ("visual", "text"):
+            groups.setdefault("temperature", {})[name] = parameter
             continue
         kind = "decay" if parameter.ndim > 1 else "no_decay"
-        groups[f"{name.split('.')[0]}.{kind}"][name] = parameter
-    return {name: group for name, group in groups.items() if group}
+        group = f"{tower}.{_depth(model, name)}.{kind}" if by_layer else f"{tower}.{kind}"
+        groups.setdefault(group, {})[name] = parameter
+    return groups
+
+
+def _depth(model: CLIP, name: str) -> int:
+    tower = model.visual if name.startswith("visual.") else model.text
+    path = name.split(".")
+    if path[1:3] == ["transformer", "blocks"]:
+        return int(path[3]) + 1
+    return len(tower.transformer.blocks) + 1 if path[1] in ("ln_post", "ln_final", "proj") else 0
+
+
+def layer_rates(model: CLIP, vision_decay: float, text_decay: float) -> dict[str, float]:
+    """For each group of `parameter_groups(model, by_layer=True)`, the share of the learning rate that it gets."""
+    rates = {}
+    for group in parameter_groups(model, by_layer=True):
+        tower, _, rest = group.partition(".")
+        if not rest:
+            rates[group] = 1.0
+            continue
+        decay, blocks = (vision_decay, model.visual) if tower == "visual" else (text_decay, model.text)
+        rates[group] = decay ** (len(blocks.transformer.blocks) + 1 - int(rest.split(".")[0]))
+    return rates

@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 
 T = TypeVar("T")
+MOVED_KINDS = ("features", "gradients", "parameters")
 
 
 class Counts(Protocol):
@@ -42,9 +43,17 @@ class Meters:
     patches: int = 0
     text_tokens: int = 0
     flops: float = 0.0
+    stall_s: float = 0.0
+    """Time that checkpoints held up training."""
+    checkpoint_bytes_per_s: float | None = None
+    """Of the last checkpoint, over all ranks, from its copy to host memory until it was complete."""
+    moved: dict[str, int] = field(default_factory=dict)
+    """Bytes that this rank sent to others, by kind (dist/traffic.py)."""
 
-    def add(self, counts: Counts) -> None:
-        """One step more."""
+    def add(self, counts: Counts, moved: Mapping[str, int]) -> None:
+        """One step more, with the bytes that it moved between ranks, by kind."""
+        for kind, size in moved.items():
+            self.moved[kind] = self.moved.get(kind, 0) + size
         self.steps += 1
         self.kept_patches += counts.kept_patches
         self.patches += counts.patches
@@ -59,8 +68,12 @@ class Meters:
             self.wait_s += time.perf_counter() - asked
             yield item
 
+    def stalled(self, seconds: float) -> None:
+        """Training was held up by a checkpoint; `row` counts it apart and within the step time."""
+        self.stall_s += seconds
+
     def pause(self) -> Pause:
-        """A `with` block whose time does not count as training: evaluation, checkpoints."""
+        """A `with` block whose time does not count as training: an evaluation."""
         return Pause(self)
 
     def row(self) -> dict[str, float | None]:
@@ -77,11 +90,16 @@ class Meters:
             "flops_per_sample": self.flops / samples,
             "mfu": self.flops / elapsed / self.peak_flops if self.peak_flops else None,
             "data_wait_fraction": self.wait_s / elapsed,
+            "checkpoint_stall_s": self.stall_s,
+            "checkpoint_bytes_per_s": self.checkpoint_bytes_per_s,
+            "moved_bytes": sum(self.moved.values()) / self.steps,
+            **{f"moved_bytes_{kind}": self.moved.get(kind, 0) / self.steps for kind in MOVED_KINDS},
             "peak_memory_bytes": peak_memory_bytes(),
             "step_s": elapsed / self.steps,
         }
         self.began = time.perf_counter()
         self.steps, self.wait_s, self.kept_patches, self.patches, self.text_tokens, self.flops = 0, 0.0, 0, 0, 0, 0.0
+        self.stall_s, self.moved = 0.0, {}
         return row
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from cmpt.monitor.curves import DIRECTIONS, Records, heldout_curves, training_curves
 from cmpt.monitor.header import header
+from cmpt.monitor.incidents import incidents
 from cmpt.monitor.page import folded, page, picture_figure, section, table
 from cmpt.monitor.records import read_records
 
@@ -52,6 +53,7 @@ def write_report(run_folder: str | Path) -> Path:
         _pictures(folder),
         training_curves(metrics),
         heldout_curves(evaluations),
+        incidents(metrics, events),
         _skips(metrics, events),
         _details(folder, environment),
         "<footer>Written by <code>python -m cmpt.monitor.report</code> from the records of the run.</footer>",
@@ -124,7 +126,6 @@ def _pictures(folder: Path) -> str:
 
 def _skips(metrics: Records, events: Records) -> str:
     skips = [event for event in events if event.get("kind") == "skip"]
-    warnings = [event for event in events if event.get("kind") == "warning"]
     causes = Counter(str(event.get("cause", "unknown")) for event in skips)
     examples = {str(event.get("cause", "unknown")): str(event.get("key", "")) for event in reversed(skips)}
     last = metrics[-1] if metrics else {}
@@ -141,9 +142,6 @@ def _skips(metrics: Records, events: Records) -> str:
         for cause, count in causes.most_common()
     ]
     parts = [table(("Cause", "Samples", "First of them"), rows)] if rows else []
-    if warnings:
-        lines = [f"step {event.get('step')}: {event.get('text', '')}" for event in warnings[-50:]]
-        parts.append(folded("Warnings", f"{len(warnings)}", "\n".join(lines)))
     return section("Skipped samples", *parts, note=note)
 
 

@@ -30,6 +30,7 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
 RANGES = {
     "run.seed": ">= 0",
     "run.keep_checkpoints": ">= 1",
+    "run.keep_checkpoints_hours": ">= 0",
     "data.streams": ">= 1",
     "data.workers": ">= 1",
     "data.prefetch_batches": ">= 1",
@@ -67,10 +68,18 @@ RANGES = {
     "optimizer.eps": "> 0",
     "optimizer.weight_decay": ">= 0",
     "optimizer.clip_norm": "> 0",
+    "optimizer.vision_layer_decay": "> 0 and <= 1",
+    "optimizer.text_layer_decay": "> 0 and <= 1",
+    "optimizer.ema_decay": ">= 0 and < 1",
     "loss.chunk_rows": ">= 1",
     "engine.batch_size": ">= 2",  # a contrast needs two pairs
     "engine.micro_batch_size": ">= 1",
     "engine.zero_stage": ">= 0 and <= 3",
+    "engine.bucket_elements": ">= 1",
+    "guard.spike": "> 0",
+    "guard.window": ">= 8",
+    "guard.limit": ">= 0",
+    "guard.watchdog_seconds": ">= 3",
     "evaluation.batch_size": ">= 1",
 }
 CHOICES = {
@@ -80,9 +89,31 @@ CHOICES = {
     "model.vision.pooling": ("class_token", "average"),
     "model.text.pooling": ("eos", "argmax"),
     "loss.kind": ("infonce", "sigmoid"),
-    "engine.precision": ("bf16", "fp32"),
+    "engine.precision": ("bf16", "fp16", "fp32"),
+    "guard.action": ("skip", "rewind", "stop"),
+    "guard.unequal_weights": ("stop", "rewind"),
 }
-DURATIONS = ("run.duration", "run.log_every", "run.checkpoint_every", "run.stop_after", "evaluation.every")
+DURATIONS = (
+    "run.duration",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.stop_after",
+    "guard.weights_every",
+    "evaluation.every",
+)
+# Keys of a DeepSpeed configuration that are not the recipe's to pass through -> what says it instead.
+OWNED_BY_FIELDS = {
+    "train_batch_size": "engine.batch_size",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch_size",
+    "gradient_accumulation_steps": "engine.micro_batch_size",
+    "gradient_clipping": "optimizer.clip_norm",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section optimizer",
+}
 MODEL_SIZES = (
     "model.patch_size",
     "model.embed_dim",
@@ -191,6 +222,25 @@ class _Checker:
         if model.init_from is not None and not started and not os.path.exists(resolve_path(model.init_from)):
             self.fault("model.init_from", model.init_from, "no such file or folder")
 
+    def engine(self) -> None:
+        engine, run = self.recipe.engine, self.recipe.run
+        for key, field in OWNED_BY_FIELDS.items():
+            if key in engine.deepspeed:
+                self.fault(f"engine.deepspeed.{key}", engine.deepspeed[key], f"is decided by {field}")
+        zero = engine.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            self.fault("engine.deepspeed.zero_optimization", zero, "must be a section (name: value)")
+        elif "stage" in zero:
+            self.fault("engine.deepspeed.zero_optimization.stage", zero["stage"], "is decided by engine.zero_stage")
+        if engine.offload_optimizer:
+            constraint = "must be >= 1 with engine.offload_optimizer"
+            self.require(engine.zero_stage >= 1, "engine.zero_stage", engine.zero_stage, constraint)
+        copies = run.copy_checkpoints_to
+        if copies is not None:
+            own = os.path.join(os.path.expanduser(run.folder), run.name)
+            apart = copies != "" and not os.path.abspath(os.path.expanduser(copies)).startswith(os.path.abspath(own))
+            self.require(apart, "run.copy_checkpoints_to", copies, "must be a folder outside of the run's")
+
     def split(self) -> None:
         streams, batch_size, world_size = self.recipe.data.streams, self.recipe.engine.batch_size, self.world_size
         if streams < 1:
@@ -263,6 +313,7 @@ def check_recipe(recipe: Recipe, world_size: int = 1, origins: Mapping[str, str]
     checker.fields(recipe, lambda key: key)
     checker.phases()
     checker.model()
+    checker.engine()
     checker.split()
     checker.data()
     return list(checker.faults)

@@ -30,6 +30,8 @@ NOT_IDENTITY = (
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.keep_checkpoints_hours",
+    "run.copy_checkpoints_to",
     "run.stop_after",
     "data.heldout",
     "data.category_field",
@@ -42,6 +44,10 @@ NOT_IDENTITY = (
     "loss.chunk_rows",
     "engine.micro_batch_size",
     "engine.zero_stage",
+    "engine.offload_optimizer",
+    "engine.overlap_communication",
+    "engine.bucket_elements",
+    "guard",
     "evaluation",
 )
 

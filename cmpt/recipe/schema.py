@@ -30,7 +30,11 @@ class Run:
     checkpoint_every: str = "500 steps"
     """How often a checkpoint is written; one is always written at the end and on SIGTERM or SIGINT."""
     keep_checkpoints: int = 3
-    """Older checkpoints than this many are deleted. At least 1."""
+    """The newest so many checkpoints are kept, whatever their age. At least 1."""
+    keep_checkpoints_hours: float = 0.0
+    """Checkpoints younger than this many hours are kept too; the rest is deleted."""
+    copy_checkpoints_to: str | None = None
+    """A second folder, on another disk, that gets a copy of every checkpoint; a start falls back to it."""
     stop_after: str | None = None
     """End cleanly, with a checkpoint, when the run has come this far; the schedule still aims at `duration`."""
 
@@ -182,6 +186,14 @@ class Optimizer:
     """Decoupled decay; not on gains, biases and the temperature."""
     clip_norm: float | None = None
     """Global gradient norm is cut to this; null: no clipping."""
+    vision_layer_decay: float = 1.0
+    """Each block of the image tower learns at this many times the rate of the block after it (layer-wise decay, BEiT,
+    arXiv 2106.08254, appendix); the embedding is below the first block, the projection has the full rate. 1: off."""
+    text_layer_decay: float = 1.0
+    """The same for the text tower."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, this much of which stays at every step, e.g. 0.9999. It is in
+    every checkpoint, and exported with --ema; training does not see it. Null: none."""
 
 
 @dataclass
@@ -200,11 +212,46 @@ class Engine:
     """Pairs of a rank that go through the towers at once; null: all. Fewer need less memory for the same global batch
     and loss: gradient caching (GradCache, arXiv 2101.06983), which costs one more forward pass."""
     precision: str = "bf16"
-    """"bf16" (activations and products; parameters and optimizer stay fp32) or "fp32"."""
+    """Of activations and products: "bf16", "fp16" (with a dynamic loss scale) or "fp32". Parameters, gradients,
+    optimizer and temperature are fp32 in all of them."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 0 … 3; one process alone always runs as stage 0, since there is nothing to share."""
+    """DeepSpeed ZeRO stage, 0 … 3; one process alone runs as stage 0, since there is nothing to share."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and master weights in host memory and step there; needs zero_stage >= 1."""
+    overlap_communication: bool | None = None
+    """Reduce gradients while the backward pass goes on; null: at stages 2 and 3."""
+    bucket_elements: int = 500_000_000
+    """Gradient elements that are reduced, and parameter elements that are gathered, at one time: fewer need less
+    memory, more use the network better."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Passed through into the DeepSpeed configuration, over what cmpt sets."""
+    """Passed through into the DeepSpeed configuration, over what cmpt sets; not for what other fields say."""
+
+
+@dataclass
+class Guard:
+    """What watches over a run. A step is judged before the optimizer uses its gradient."""
+
+    action: str = "skip"
+    """What happens to a batch whose loss or gradient is not finite, or whose loss is a spike: "skip" leaves it out;
+    "rewind" leaves it out and goes on, with the next batch, from the weights of the last checkpoint (PaLM, arXiv
+    2204.02311, section 5.1); "stop" ends the run."""
+    spike: float | None = 10.0
+    """A loss is a spike when it is this many robust standard deviations (1.4826 x the median distance from the median)
+    above the median of the last `window` losses; null: no loss is one."""
+    window: int = 128
+    """Losses that the estimate is made of; until there are half as many, no loss is a spike."""
+    limit: int = 20
+    """After so many refused batches in the whole run, the next one ends it."""
+    weights_every: str | None = "500 steps"
+    """How often all ranks compare the weights that they hold alike; before every checkpoint too. Null: never."""
+    unequal_weights: str = "stop"
+    """When they are not alike: "stop" ends the run, "rewind" goes on from the weights of the last checkpoint."""
+    watchdog_seconds: float | None = 20.0
+    """A process that gives no sign for so long, or whose step takes this long and ten times as long as others, is named
+    with its Python stack, and the run ends; null: no watchdog."""
+    dry_run: bool = True
+    """Before the first step, one pass at the most tokens that masking and captions can give, so that too little memory
+    shows at once; it changes nothing."""
 
 
 @dataclass
@@ -239,6 +286,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     loss: Loss = field(default_factory=Loss)
     engine: Engine = field(default_factory=Engine)
+    guard: Guard = field(default_factory=Guard)
     evaluation: Evaluation = field(default_factory=Evaluation)
     phases: list[Phase] = field(default_factory=list)
     """Phases in order, each with its own duration; empty: one phase of `run.duration`."""

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node W tests/engine/gradient_matrix.py
 
-One case after the other in one process group: every ZeRO stage, with and without gradient caching, both losses, with
-and without holes. Prints one JSON object: the largest relative difference of any tensor by case, the temperature's
-apart.
+One case after the other in one process group: every ZeRO stage, the optimizer in host memory too, with and without
+gradient caching, both losses, with and without holes. Prints one JSON object: the largest relative difference of any
+tensor by case, the temperature's apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +19,23 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.nn.functional as F
-from against_autograd import MODEL  # beside this script
 from deepspeed.utils import safe_get_full_grad
+from small import BATCH, IMAGE_SIZE, model_of, own_rows, rows_of  # beside this script
 
-from cmpt.batch import PackedPatches, PackedText
 from cmpt.dist import process_group
-from cmpt.dist.process_group import sum_over_ranks
-from cmpt.engine.build import build_engine
-from cmpt.engine.step import clip_step
-from cmpt.masking.strategies import MaskStage
+from cmpt.engine.build import build
+from cmpt.engine.step import drop_step, find_gradient
 from cmpt.models.clip import CLIP
-from cmpt.recipe.schema import Engine, Image, Loss, Masking, Model, Optimizer
+from cmpt.recipe.schema import Engine, Loss, Optimizer
 
-BATCH = 12
 HOLES = [2, 7]
-STAGES, MICRO, LOSSES = (0, 1, 2, 3), (None, 1, 2), ("infonce", "sigmoid")
-
-
-def model_of(loss: str) -> Model:
-    return replace(MODEL, logit_bias_init=-3.0 if loss == "sigmoid" else None)
-
-
-def rows_of(rows: list[int], holes: list[int]) -> tuple[PackedPatches, PackedText, torch.Tensor]:
-    """Some rows of the one global batch: images of unequal lengths, captions of unequal lengths, what is valid."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    ids = torch.randint(0, 61, (BATCH, 8), generator=generator)
-    valid = torch.tensor([row not in holes for row in rows])
-    masking = Masking(strategy="cluster", threshold=0.1, min_ratio=0.3)
-    stage = MaskStage(masking, Image(size=32), 8, seed=0)
-    patches = stage(images[rows], torch.tensor(rows), valid).patches
-    order = sorted(range(len(rows)), key=lambda k: -(2 + rows[k] % 5))
-    lengths = [2 + rows[k] % 5 for k in order]
-    text = PackedText(
-        torch.cat([ids[rows[k], :length] for k, length in zip(order, lengths, strict=True)]),
-        torch.cat([torch.arange(length) for length in lengths]),
-        lengths,
-        torch.tensor(order),
-    )
-    return patches, text, valid
+STAGES = ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True))  # stage, offloaded
+MICRO, LOSSES = (None, 1, 2), ("infonce", "sigmoid")
 
 
 def expected_gradients(loss: str, holes: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
     """Plain torch in one process, the losses written out."""
-    clip = CLIP(model_of(loss), 32, seed=0)
+    clip = CLIP(model_of(loss), IMAGE_SIZE, seed=0)
     patches, text, valid = rows_of(list(range(BATCH)), holes)
     image, words, scale, bias = clip(patches, text, BATCH)
     image, words = image[valid], words[valid]
@@ -80,36 +52,32 @@ def expected_gradients(loss: str, holes: list[int]) -> tuple[float, dict[str, to
 
 def main() -> None:
     rank, world, device = process_group.start()
-    own = list(range(rank * BATCH // world, (rank + 1) * BATCH // world))
+    own = own_rows(rank, world)
     found: dict[str, Any] = {}
     for loss, holes in itertools.product(LOSSES, ([], HOLES)):
         expected_loss, expected = expected_gradients(loss, holes)
-        for stage, micro in itertools.product(STAGES, MICRO):
-            settings = Engine(batch_size=BATCH, precision="fp32", zero_stage=stage)
-            engine = build_engine(CLIP(model_of(loss), 32, seed=0), settings, Optimizer(), world, device)
-            gradients: dict[str, torch.Tensor] = {}
-
-            def note(engine: Any = engine, gradients: dict[str, torch.Tensor] = gradients) -> None:
-                for name, p in engine.module.named_parameters():
-                    full = p.grad if engine.zero_optimization_stage() == 0 else safe_get_full_grad(p)
-                    gradients[name] = full.detach().clone()
-
-            engine.step = note
+        for (stage, offload), micro in itertools.product(STAGES, MICRO):
+            settings = Engine(batch_size=BATCH, precision="fp32", zero_stage=stage, offload_optimizer=offload)
+            trained = build(CLIP(model_of(loss), IMAGE_SIZE, seed=0), settings, Optimizer(), world, device)
             patches, text, valid = rows_of(own, holes)
             valid_B = valid if holes else None
-            result = clip_step(engine, patches, text, valid_B, 0.0, Loss(kind=loss, chunk_rows=3), True, micro)
+            result = find_gradient(trained, patches, text, valid_B, Loss(kind=loss, chunk_rows=3), micro)
+            gradients = {
+                name: (safe_get_full_grad(p) if trained.engine.zero_optimization_stage() else p.grad).detach().clone()
+                for name, p in trained.clip.named_parameters()
+            }
+            drop_step(trained, result)
             norm = sum(float(g.double().pow(2).sum()) for g in expected.values()) ** 0.5
             apart = {
                 name: float((gradients[name] - g).norm() / g.norm().clamp_min(1e-3 * norm))
                 for name, g in expected.items()
             }
-            assert gradients.keys() == expected.keys() and result.gradient_norms is not None
+            assert gradients.keys() == expected.keys()
             scalars = [apart.pop(name) for name in ("logit_scale", "logit_bias") if name in apart]
-            total = float(sum_over_ranks(result.loss.double())) / world
-            found[f"{loss} holes={len(holes)} stage={stage} micro={micro}"] = {
+            found[f"{loss} holes={len(holes)} stage={stage} offload={offload} micro={micro}"] = {
                 "gradient": max(apart.values()),
                 "temperature": max(scalars),
-                "loss": abs(total - expected_loss) / expected_loss,
+                "loss": abs(result.loss - expected_loss) / expected_loss,
                 "norm": abs(result.gradient_norms["total"] - norm) / norm,
             }
     if rank == 0:

@@ -13,11 +13,11 @@ SCRIPT = "tests/engine/gradient_matrix.py"
 def test_the_gradient_before_the_optimizer_is_that_of_the_global_loss(
     world: int, run_cli: RunCli, free_port: int
 ) -> None:
-    """Every ZeRO stage, with and without gradient caching, both losses, with and without holes (fp32)."""
+    """Every ZeRO stage, offloaded too; with and without gradient caching and holes; both losses (fp32)."""
     command = ["torchrun", "--nproc-per-node", str(world), "--master-port", str(free_port), SCRIPT]
     done = run_cli(command, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert len(found) == 2 * 2 * 4 * 3
+    assert len(found) == 2 * 2 * 7 * 3
     wrong = {case: apart for case, apart in found.items() if max(apart.values()) > 1e-5}
     assert not wrong
