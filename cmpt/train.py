@@ -34,16 +34,20 @@ from cmpt.data.shards import open_shards
 from cmpt.data.streams import LoaderState
 from cmpt.data.tokenizer import Tokenizer, open_tokenizer, with_vocabulary
 from cmpt.data.validate import DataError
-from cmpt.dist import process_group
+from cmpt.dist import process_group, traffic
 from cmpt.dist.process_group import gather_objects, sum_over_ranks
-from cmpt.engine.build import DeepSpeedEngine, build_engine, clip_of
+from cmpt.engine.build import Trained, build
 from cmpt.engine.checkpoint import Checkpoints, TrainState
 from cmpt.engine.counts import count_step
+from cmpt.engine.dry_run import OutOfMemoryError, dry_run, largest_batch
+from cmpt.engine.equal_weights import unequal_weights
 from cmpt.engine.manifest import CheckpointError
 from cmpt.engine.plan import Plan
 from cmpt.engine.run_folder import conflict, prepare, run_folder
 from cmpt.engine.signals import StopSignals
-from cmpt.engine.step import StepResult, TrainingDivergedError, clip_step
+from cmpt.engine.step import StepResult, drop_step, find_gradient, take_step
+from cmpt.engine.store import Store
+from cmpt.engine.traffic import count_deepspeed
 from cmpt.evals.examples import query_examples
 from cmpt.evals.suite import HeldoutSuite
 from cmpt.masking.strategies import Masked, MaskStage
@@ -51,15 +55,27 @@ from cmpt.models.clip import CLIP
 from cmpt.models.flops import peak_flops
 from cmpt.models.open_clip_format import FormatError
 from cmpt.models.pretrained import load_pretrained
-from cmpt.monitor.meters import Meters
+from cmpt.monitor.guard import LossGuard, TrainingDivergedError
+from cmpt.monitor.meters import Meters, peak_memory_bytes
 from cmpt.monitor.monitor import Monitor
 from cmpt.monitor.pictures import mask_grid, query_grid
 from cmpt.monitor.report import write_report
+from cmpt.monitor.watchdog import Watchdog, WatchdogError
 from cmpt.ops.attention import attention_backend
 from cmpt.recipe import RecipeError, check_recipe, load_recipe
 from cmpt.recipe.schema import Recipe
 
 _MASKS_SHOWN = 12
+_DATA_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring the data sooner
+_USER_ERRORS = (
+    DataError,
+    CheckpointError,
+    FormatError,
+    OutOfMemoryError,
+    RecipeError,
+    TrainingDivergedError,
+    WatchdogError,
+)
 _LET_THE_FIRST_RANK_SPEAK_S = 2.0
 USER_ERROR = 2
 
@@ -70,9 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank, world_size, device = process_group.start()
     try:
         return train(recipe, rank, world_size, device)
-    except (DataError, CheckpointError, FormatError, RecipeError, TrainingDivergedError) as error:
+    except _USER_ERRORS as error:
         # What a user can mend is said in a line; everything else keeps its traceback.
-        if rank and isinstance(error, FormatError | RecipeError):  # these are the same on every rank
+        if rank and isinstance(
+            error, FormatError | RecipeError | TrainingDivergedError | WatchdogError
+        ):  # all the same
             time.sleep(_LET_THE_FIRST_RANK_SPEAK_S)
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -121,66 +139,174 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     if recipe.model.init_from and starts:
         load_pretrained(clip, recipe, tokenizer.eot_id)
     parameters = sum(parameter.numel() for parameter in clip.parameters())
-    engine = build_engine(clip, recipe.engine, recipe.optimizer, world_size, device)
+    trained = build(clip, recipe.engine, recipe.optimizer, world_size, device)
+    count_deepspeed()
     if primary:
         prepare(recipe, world_size)
     process_group.barrier()
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.run.keep_checkpoints)
-    state = checkpoints.load_newest(engine) or TrainState(seed=recipe.run.seed, data=loader.data_fingerprint)
+    checkpoints = Checkpoints(checkpoint_store(recipe))
+    state = checkpoints.load_newest(trained) or TrainState(seed=recipe.run.seed, data=loader.data_fingerprint)
     if state.data != loader.data_fingerprint:
         raise CheckpointError("data.train: shards were added or removed since the checkpoint; start a new run")
     position = LoaderState.from_json(state.loader) if state.loader else loader.initial_state()
+    guard = LossGuard(recipe.guard, state.guard)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    patch_size = recipe.model.patch_size
+    patch_size, micro = recipe.model.patch_size, recipe.engine.micro_batch_size
     assert patch_size is not None
     meters = Meters(recipe.engine.batch_size, peak and peak * world_size)
 
-    with Monitor(folder, recipe.run.name, plan.total_steps, state.step, primary) as monitor, StopSignals() as signals:
+    with (
+        Monitor(folder, recipe.run.name, plan.total_steps, state.step, primary) as monitor,
+        Watchdog(folder, recipe.guard.watchdog_seconds) as watch,
+        StopSignals() as signals,
+    ):
+        checkpoints.before_publishing = monitor.sync
         for fault in checkpoints.faults:
             monitor.event("warning", state.step, text=fault)
         backend = attention_backend(device.type, clip.compute_dtype)
         monitor.event("model", state.step, parameters=parameters, attention=backend, init_from=recipe.model.init_from)
-        stop_signal, micro = 0, recipe.engine.micro_batch_size
+        if recipe.guard.dry_run and plan.remaining(state.step):
+            watch.at("dry run", state.step, patient=True)
+            rehearse(trained, recipe, plan, state.step, world_size, monitor)
+        stop_signal = 0
         for planned in plan.remaining(state.step):
             phase = planned.phase
             mask = MaskStage(phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks)
             if state.step > planned.first_step:
                 mask.load_state(state.masking)
+            watch.at("data", state.step, patient=True)
             with closing(loader.batches(position, phase.image)) as batches:
                 for batch, position in meters.waiting(batches):
+                    traffic.take()  # what evaluations moved is no step's
+                    watch.at("mask", state.step)
                     batch = batch.to(device)
                     masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
-                    counts = count_step(recipe.model, masked, batch, recipe.engine, signals.received)
+                    part = checkpoints.progress()
+                    counts = count_step(recipe.model, masked, batch, recipe.engine, signals.received, part)
+                    checkpoints.settle(counts.parts_written, counts.parts_failed)
                     mask.advance(counts.mask_ratio)
-                    lr, logs = planned.learning_rate(state.step + 1), plan.logs(state.step + 1)
+                    watch.at("gradient", state.step)
                     valid_B = batch.valid_B if counts.holes else None
-                    result = clip_step(engine, masked.patches, batch.text, valid_B, lr, recipe.loss, logs, micro)
+                    result = find_gradient(trained, masked.patches, batch.text, valid_B, recipe.loss, micro)
+                    watch.at("optimizer", state.step)
+                    lr, logs = planned.learning_rate(state.step + 1), plan.logs(state.step + 1)
+                    refusal = None if result.overflowed else guard.judge(result.loss, result.gradient_norms["total"])
+                    if refusal or result.overflowed:
+                        drop_step(trained, result)
+                    else:
+                        take_step(trained, result, lr, recipe.optimizer.clip_norm)
                     state.advance(mask.state(), counts.rejections)
                     state.image_size = phase.image.size
-                    meters.add(counts)
+                    meters.add(counts, traffic.take())
                     for skip in counts.rejections:
                         monitor.event("skip", state.step, cause=skip.cause, key=skip.key, detail=skip.detail)
+                    if refusal:
+                        watch.at("refused batch", state.step, patient=True)
+                        refuse(refusal, batch, result, guard, recipe, state, trained, checkpoints, monitor)
                     stop_signal = counts.stop_signal
-                    saves = plan.saves(state.step) or bool(stop_signal)
-                    if logs or saves:
-                        loss = result.global_loss(state.step)
+                    saves, ends = plan.saves(state.step), bool(stop_signal) or plan.ends(state.step)
                     if logs:
-                        monitor.log(metrics(state, phase.name, lr, loss, masked, result, batch, loader, meters))
+                        monitor.log(metrics(state, phase.name, lr, masked, result, guard, batch, loader, meters))
                     if suite and plan.evaluates(state.step):
+                        watch.at("evaluation", state.step, patient=True)
                         with meters.pause():
-                            evaluate(suite, engine, monitor, state.step, batch, masked)
-                    if saves:
-                        with meters.pause():
-                            state.loader = LoaderState.merge(gather_objects(position)).to_json()
-                            monitor.checkpoint(state.step, checkpoints.save(engine, state))
-                    if stop_signal or state.step == planned.last_step or plan.ends(state.step):
+                            evaluate(suite, trained, monitor, state.step, batch, masked)
+                    if saves or ends or plan.compares_weights(state.step):
+                        watch.at("comparison of weights", state.step, patient=True)
+                        compare_weights(recipe, state, trained, checkpoints, monitor)
+                    if saves or ends:
+                        watch.at("checkpoint", state.step, patient=True)
+                        state.loader = LoaderState.merge(gather_objects(position)).to_json()
+                        state.guard = guard.state()
+                        meters.stalled(checkpoints.save(trained, state, last=ends))
+                    report_checkpoints(checkpoints, monitor, meters)
+                    watch.at("data", state.step, least_s=_DATA_PATIENCE_S)
+                    if ends or state.step == planned.last_step:
                         break
             if stop_signal or plan.ends(state.step):
                 break
-    if primary:
-        write_report(folder)
-    process_group.barrier()
+        watch.at("last checkpoint", state.step, patient=True)
+        try:
+            checkpoints.finish()
+        finally:
+            report_checkpoints(checkpoints, monitor, meters)
+        if primary:
+            write_report(folder)
     return 128 + stop_signal if stop_signal else 0
+
+
+def checkpoint_store(recipe: Recipe) -> Store:
+    run, copies = recipe.run, recipe.run.copy_checkpoints_to
+    second = Path(copies).expanduser() / run.name if copies else None
+    return Store(run_folder(recipe) / "checkpoints", run.keep_checkpoints, run.keep_checkpoints_hours, second)
+
+
+def rehearse(trained: Trained, recipe: Recipe, plan: Plan, step: int, world_size: int, monitor: Monitor) -> None:
+    """The dry run. It changes nothing but the peak memory that is logged."""
+    phases = [planned.phase for planned in plan.remaining(step)]
+    largest = largest_batch(recipe, phases, recipe.engine.batch_size // world_size)
+    seconds = dry_run(trained, recipe, largest)
+    monitor.event("dry_run", step, largest=str(largest), seconds=seconds, peak_memory_bytes=peak_memory_bytes())
+
+
+def refuse(
+    fault: str,
+    batch: ImageTextBatch,
+    result: StepResult,
+    guard: LossGuard,
+    recipe: Recipe,
+    state: TrainState,
+    trained: Trained,
+    checkpoints: Checkpoints,
+    monitor: Monitor,
+) -> None:
+    """Name a batch that the guard refused, and do what guard.action says; every rank calls it."""
+    digest = batch_digest(digest for part in gather_objects(batch.stream_digests) for digest in part)
+    keys = [key for part in gather_objects(batch.keys) for key in part]
+    listing = monitor.listing(f"refused/step_{state.step:08d}.txt", keys)
+    action, back_to = recipe.guard.action, None
+    if guard.exhausted:
+        action, fault = "stop", f"{fault}, after {guard.refused - 1} refused batches (guard.limit)"
+    if action == "rewind":
+        back_to = checkpoints.rewind(trained)
+        if back_to is None:
+            action, fault = "stop", f"{fault}, and there is no checkpoint to rewind to"
+    norm = result.gradient_norms["total"]
+    named = {"loss": result.loss, "grad_norm": norm, "batch_digest": digest, "keys": listing}
+    monitor.event("refused", state.step, cause=fault, action=action, back_to=back_to, **named)
+    if action == "stop":
+        raise TrainingDivergedError(
+            f"step {state.step}: {fault}; the batch {digest} was not stepped on, its samples are listed in {listing}; "
+            "guard.action=skip or rewind goes on without it"
+        )
+    then = f"went on from the weights of step {back_to:,}" if action == "rewind" else "left out"
+    monitor.note(f"step {state.step:,}: warning: {fault}; batch {digest} {then}")
+
+
+def compare_weights(
+    recipe: Recipe, state: TrainState, trained: Trained, checkpoints: Checkpoints, monitor: Monitor
+) -> None:
+    """Find out whether all ranks have the same weights, and do what guard.unequal_weights says if not."""
+    fault = unequal_weights(trained) if recipe.guard.weights_every else None
+    if fault is None:
+        return
+    back_to = checkpoints.rewind(trained) if recipe.guard.unequal_weights == "rewind" else None
+    action = "stop" if back_to is None else "rewind"
+    monitor.event("unequal_weights", state.step, cause=fault, action=action, back_to=back_to)
+    if back_to is None:
+        raise TrainingDivergedError(f"step {state.step}: the ranks have unequal weights: {fault}")
+    monitor.note(f"step {state.step:,}: warning: {fault}; went on from the weights of step {back_to:,}")
+
+
+def report_checkpoints(checkpoints: Checkpoints, monitor: Monitor, meters: Meters) -> None:
+    """Tell what has become of checkpoints since the last step; on rank 0, the others know nothing."""
+    for report in checkpoints.taken_reports():
+        if report.path is not None:
+            meters.checkpoint_bytes_per_s = report.bytes / report.write_s
+            cost = {"bytes": report.bytes, "write_s": report.write_s, "stall_s": report.stall_s}
+            monitor.checkpoint(report.step, report.path, **cost)
+        if report.fault:
+            monitor.event("warning", report.step, text=report.fault)
 
 
 def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int) -> Loader:
@@ -211,31 +337,33 @@ def metrics(
     state: TrainState,
     phase: str,
     lr: float,
-    loss: float,
     masked: Masked,
     result: StepResult,
+    guard: LossGuard,
     batch: ImageTextBatch,
     loader: Loader,
     meters: Meters,
 ) -> dict[str, Any]:
     """One row of metrics.jsonl; every rank calls it. Loss and threshold are this step's, rates since the last row."""
     digests = [digest for part in gather_objects(batch.stream_digests) for digest in part]
-    norms = result.gradient_norms or {}
+    norms = result.gradient_norms
     samples_seen = state.step * meters.global_batch
     return {
         "step": state.step,
         "samples_seen": samples_seen,
         "epoch": samples_seen / loader.samples_per_epoch,
         "phase": phase,
-        "loss": loss,
+        "loss": result.loss,
         "lr": lr,
         "logit_scale": result.logit_scale.item(),
         "logit_bias": None if result.logit_bias is None else result.logit_bias.item(),
-        "grad_norm": norms.get("total"),
-        "grad_norm_image": norms.get("visual"),
-        "grad_norm_text": norms.get("text"),
+        "grad_norm": norms["total"],
+        "grad_norm_image": norms["visual"],
+        "grad_norm_text": norms["text"],
         "mask_threshold": masked.threshold,
         "skipped_samples": sum(state.skipped.values()),
+        "refused_batches": guard.refused,
+        "loss_scale": result.loss_scale,
         "batch_digest": batch_digest(digests),
         **meters.row(),
     }
@@ -243,16 +371,16 @@ def metrics(
 
 def evaluate(
     suite: HeldoutSuite,
-    engine: DeepSpeedEngine,
+    trained: Trained,
     monitor: Monitor,
     step: int,
     batch: ImageTextBatch,
     masked: Masked,
 ) -> None:
     """Held-out results and two pictures: masks of the batch in hand, and what the model finds for some captions."""
-    results, embeddings = suite.evaluate(clip_of(engine))
+    results, embeddings = suite.evaluate(trained.clip)
     monitor.evaluation(step, results)
-    if engine.global_rank == 0:
+    if trained.engine.global_rank == 0:
         shown = batch.valid_B.nonzero()[:_MASKS_SHOWN, 0]
         images_NHWC = batch.images_BCHW[shown].permute(0, 2, 3, 1).cpu().numpy()
         keep_NL = masked.keep_BL[shown].cpu().numpy()

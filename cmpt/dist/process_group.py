@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cmpt.dist import traffic
 
 
 def start(timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
@@ -42,6 +45,7 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     total = counts.clone()
     if _world_size() > 1:
         dist.all_reduce(total)
+        traffic.add("control", traffic.ring_bytes(total.nbytes, dist.get_world_size(), passes=2))
     return total
 
 
@@ -51,6 +55,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_host_group())
+    traffic.add("control", len(pickle.dumps(value)) * (len(values) - 1))
     return values
 
 
@@ -60,6 +65,7 @@ def broadcast_object(value: Any) -> Any:
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0, group=_host_group())
+    traffic.add("control", traffic.ring_bytes(len(pickle.dumps(holder[0])), dist.get_world_size()))
     return holder[0]
 
 
@@ -95,6 +101,7 @@ class _AllGather(torch.autograd.Function):
         world = dist.get_world_size()
         gathered_GE = local_BE.new_empty(world * local_BE.shape[0], *local_BE.shape[1:])
         _all_gather(gathered_GE, local_BE.contiguous())
+        traffic.add("features", traffic.ring_bytes(gathered_GE.nbytes, world))
         return gathered_GE
 
     @staticmethod
@@ -104,9 +111,11 @@ class _AllGather(torch.autograd.Function):
         if grad_GE.is_cuda:
             grad_BE = grad_GE.new_empty(grad_GE.shape[0] // world, *grad_GE.shape[1:])
             _reduce_scatter(grad_BE, grad_GE.contiguous())
+            traffic.add("features", traffic.ring_bytes(grad_GE.nbytes, world))
             return grad_BE
         total = grad_GE.contiguous().clone()  # gloo has no reduce-scatter on every build
         dist.all_reduce(total)
+        traffic.add("features", traffic.ring_bytes(total.nbytes, world, passes=2))
         return total.chunk(world)[rank]
 
 

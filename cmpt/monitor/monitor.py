@@ -6,7 +6,8 @@ Everything given to the monitor must already be on the host as plain numbers; it
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class Monitor:
         if not isinstance(step, int):
             raise ValueError(f"metrics row: got step = {step!r}, expected an integer")
         self._parts.reached(step)
-        self._parts.metrics.append(complete)
+        self._parts.append(self._parts.metrics, complete)
         self._parts.scalars("train", step, complete)
         self._parts.console.update(complete)
 
@@ -54,18 +55,19 @@ class Monitor:
         """Something that happened, e.g. kind "skip" with `cause` and `key`. A "warning" shows its `text` at once."""
         if self._parts is None:
             return
-        self._parts.event(kind, step, **fields)
         if kind == "warning" and "text" in fields:
-            self._parts.console.note(f"step {step:,}: warning: {fields['text']}")
+            self._parts.warn(step, **fields)
+        else:
+            self._parts.event(kind, step, **fields)
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Held-out results by name, recalls and accuracies as fractions."""
         if self._parts is None:
             return
         self._parts.reached(step)
-        self._parts.evaluations.append({"step": step, **results})
+        self._parts.append(self._parts.evaluations, {"step": step, **results})
         self._parts.scalars("eval", step, results)
-        self._parts.tensorboard.flush()
+        self._parts.curves(lambda board: board.flush())
         self._parts.console.evaluation(step, results)
 
     def note(self, text: str) -> None:
@@ -73,24 +75,29 @@ class Monitor:
         if self._parts is not None:
             self._parts.console.note(text)
 
-    def checkpoint(self, step: int, path: str | Path) -> None:
-        """A checkpoint is complete. All records up to here reach the disk: a resume from it relies on them."""
+    def checkpoint(self, step: int, path: str | Path, **fields: Any) -> None:
+        """A checkpoint is complete; `fields` say how large it is and what it cost."""
         if self._parts is None:
             return
-        self._parts.reached(step)
-        self._parts.event("checkpoint", step, path=str(path))
-        self._parts.sync()
+        self._parts.event("checkpoint", step, path=str(path), **fields)
         self._parts.console.checkpoint(step, str(path))
+
+    def sync(self) -> None:
+        """Bring all records to the disk; may be called in another thread. Raises OSError if a line cannot be written:
+        a checkpoint must not become visible before the records of its steps."""
+        if self._parts is not None:
+            self._parts.sync()
+
+    def listing(self, name: str, lines: Iterable[str]) -> str:
+        """Puts a text file `name` into the run folder; its path, or why it is not there, with a warning."""
+        if self._parts is None:
+            return ""
+        return self._parts.put(name, "".join(f"{line}\n" for line in lines).encode())
 
     def picture(self, name: str, png: bytes) -> None:
         """Puts `pictures/<name>.png` into the run folder, in place of an earlier one, for the report to find."""
-        if self._parts is None:
-            return
-        folder = self._parts.run_folder / "pictures"
-        folder.mkdir(exist_ok=True)
-        beside = folder / f".{name}.png.new"
-        beside.write_bytes(png)
-        os.replace(beside, folder / f"{name}.png")
+        if self._parts is not None:
+            self._parts.put(f"pictures/{name}.png", png)
 
     def close(self, outcome: str | None = None) -> None:
         """May be called more than once; only the first call counts. The outcome is recorded and shown.
@@ -132,7 +139,7 @@ class _Parts:
         self.step, self.total_steps = start_step, total_steps
         self.metrics, self.evaluations = RecordWriter(metrics), RecordWriter(evaluations)
         self.events = RecordWriter(events)
-        self.tensorboard: SummaryWriter = SummaryWriter(
+        self.tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_folder / "tensorboard"), purge_step=last_kept + 1, flush_secs=20
         )
         self.console: Console = make_console(recipe_name, total_steps, start_step)
@@ -140,25 +147,61 @@ class _Parts:
     def reached(self, step: int) -> None:
         self.step = max(self.step, step)
 
+    def append(self, writer: RecordWriter, record: Mapping[str, Any]) -> None:
+        """A line that cannot be written now is written later; the first of them is told."""
+        well = writer.fault is None
+        writer.append(record)
+        if well and writer.fault is not None:
+            self.warn(self.step, f"{writer.path.name}: {writer.fault.strerror}; lines are kept and written later")
+
     def event(self, kind: str, step: int, **fields: Any) -> None:
-        self.events.append({"kind": kind, "time": utc_now(), "step": step, **fields})
+        self.append(self.events, {"kind": kind, "time": utc_now(), "step": step, **fields})
+
+    def warn(self, step: int, text: str, **fields: Any) -> None:
+        self.event("warning", step, text=text, **fields)
+        self.console.note(f"step {step:,}: warning: {text}")
+
+    def curves(self, draw: Callable[[SummaryWriter], None]) -> None:
+        """TensorBoard's writer does not recover from a full disk: it is given up. All it shows is in the records."""
+        if self.tensorboard is not None:
+            try:
+                draw(self.tensorboard)
+            except OSError as fault:
+                self.tensorboard = None
+                self.warn(self.step, f"no more curves for TensorBoard in this start of the run: {fault}")
 
     def scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
             if key != "step" and isinstance(value, int | float):
-                self.tensorboard.add_scalar(f"{group}/{key}", value, step)
+                self.curves(lambda board, key=key, value=value: board.add_scalar(f"{group}/{key}", value, step))
+
+    def put(self, name: str, content: bytes) -> str:
+        """A file of the run folder, whole or not at all; its path, or why it is not there."""
+        path = self.run_folder / name
+        beside = path.with_name(f".{path.name}.new")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            beside.write_bytes(content)
+            os.replace(beside, path)
+        except OSError as fault:
+            beside.unlink(missing_ok=True)
+            self.warn(self.step, f"{path} could not be written: {fault.strerror}")
+            return f"({name}: {fault.strerror})"
+        return str(path)
 
     def sync(self) -> None:
         for writer in (self.metrics, self.evaluations, self.events):
             writer.sync()
-        self.tensorboard.flush()
+        self.curves(lambda board: board.flush())
 
     def close(self, outcome: str | None) -> None:
         outcome = outcome or ("finished" if self.step >= self.total_steps else "stopped")
+        self.curves(lambda board: board.close())
         try:
             self.event("end", self.step, outcome=outcome)
         finally:
             self.console.close(outcome)
-            for writer in (self.metrics, self.evaluations, self.events):
-                writer.close()
-            self.tensorboard.close()
+            records = (self.metrics, self.evaluations, self.events)
+            lost = [f"the last {count} lines of {writer.path}" for writer in records if (count := writer.close())]
+            if lost:
+                print(f"error: could not write {', '.join(lost)}; is the disk full?", file=sys.stderr, flush=True)

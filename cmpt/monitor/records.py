@@ -4,17 +4,19 @@
 `evaluations.jsonl`  one object per evaluation, `step` first
 `events.jsonl`       one object per event: `kind`, `time` (UTC, ISO 8601), `step`, then the fields of that kind
 
-A line goes out in a single `os.write` in append mode, so a killed process leaves whole lines and at most one torn
-last line. Numbers keep every digit (`repr` of the float). JSON has no NaN and no infinity: such a value is written as
+Lines go out in a single `os.write` in append mode, so a killed process leaves whole lines and at most one torn last
+line. Numbers keep every digit (`repr` of the float). JSON has no NaN and no infinity: such a value is written as
 null, and a last key `not_finite` says which it was, e.g. {"loss": null, …, "not_finite": {"loss": "nan"}}. The key is
 absent where everything is finite, so null alone still means "unknown".
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,12 +45,20 @@ METRIC_KEYS = (
     "flops_per_sample",
     "mfu",
     "data_wait_fraction",
+    "checkpoint_stall_s",
+    "checkpoint_bytes_per_s",
+    "moved_bytes",
+    "moved_bytes_features",
+    "moved_bytes_gradients",
+    "moved_bytes_parameters",
     "peak_memory_bytes",
     "skipped_samples",
+    "refused_batches",
+    "loss_scale",
     "step_s",
     "batch_digest",
 )
-REDONE_KINDS = frozenset({"skip"})
+REDONE_KINDS = frozenset({"skip", "refused"})
 """Events that happen again when a step is run again; after a resume the earlier ones would count twice."""
 
 
@@ -95,25 +105,60 @@ def utc_now() -> str:
 
 
 class RecordWriter:
-    """Appends records to one file. What `append` has written survives a kill; what `sync` has seen, a power cut."""
+    """Appends records to one file. What `append` has written survives a kill; what `sync` has seen, a power cut.
+
+    A full disk ends nothing and loses nothing: lines that could not be written are kept, in order, and go out with the
+    next call that can write them. The file never has half a line in its middle. Any thread may call the methods.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.fault: OSError | None = None
+        """Why the last attempt to write did not write all lines, or None if it did."""
+        self._unwritten = b""  # whole lines
+        self._lock = threading.Lock()
+        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":  # a killed process left half a line
+            os.ftruncate(self._fd, path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, record: Mapping[str, Any]) -> None:
         line = to_line(record)
-        written = os.write(self._fd, line)
-        if written != len(line):
-            raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes of a line; is the disk full?")
+        with self._lock:
+            self._unwritten += line
+            self._write()
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        """Raises OSError if there are lines that cannot be written."""
+        with self._lock:
+            self._write()
+            if self.fault is not None:
+                raise OSError(self.fault.errno, f"{self.fault.strerror}; unwritten lines", str(self.path))
+            os.fsync(self._fd)
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def close(self) -> int:
+        """How many lines, the last ones, could not be written."""
+        with self._lock:
+            if self._fd >= 0:
+                self._write()
+                os.close(self._fd)
+                self._fd = -1
+            return self._unwritten.count(b"\n")
+
+    def _write(self) -> None:
+        assert self._fd >= 0, f"{self.path}: closed"
+        self.fault = None
+        if not self._unwritten:
+            return
+        try:
+            written = os.write(self._fd, self._unwritten)
+            if written < len(self._unwritten):
+                whole = self._unwritten.rfind(b"\n", 0, written) + 1
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - (written - whole))
+                written, self.fault = whole, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = self._unwritten[written:]
+        except OSError as fault:
+            self.fault = fault
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
