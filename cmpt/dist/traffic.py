@@ -29,9 +29,9 @@ def feature_bytes(
 ) -> int:
     """Bytes of "features" that one rank sends in one step, by arithmetic.
 
-    The fp32 gather of [G, 2E] (loss "infonce": both towers) or [G, E] ("sigmoid": captions only), and the reduce-scatter
-    of its gradient, as much again. gloo (not `nccl`) has no reduce-scatter everywhere: there an all-reduce, twice as
-    much. With `holes`, pairs that are left out, one int64 for each pair more.
+    The fp32 gather of [G, 2E] (loss "infonce": both towers) or [G, E] ("sigmoid": captions only), and the
+    reduce-scatter of its gradient, as much again. gloo (not `nccl`) has no reduce-scatter everywhere: there an
+    all-reduce, twice as much. With `holes`, pairs that are left out, one int64 for each pair more.
     """
     gathered = 4 * batch_size * embed_dim * (2 if loss == "infonce" else 1)
     return ring_bytes((2 if nccl else 3) * gathered + (8 * batch_size if holes else 0), world_size)

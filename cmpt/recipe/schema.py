@@ -201,7 +201,8 @@ class Loss:
     kind: str = "infonce"
     """"infonce" (CLIP), or "sigmoid" (SigLIP, arXiv 2303.15343), which needs model.logit_bias_init."""
     chunk_rows: int = 1024
-    """Rows of the logit matrix that exist at one time; memory of the loss is chunk_rows x global batch."""
+    """Rows of the logit matrix that exist at one time; the loss needs 4 bytes x chunk_rows x global batch, twice that
+    with "sigmoid", and the gradients of the embeddings (tools/bench_loss.py)."""
 
 
 @dataclass

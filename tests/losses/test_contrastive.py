@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench_loss
 from cmpt.losses.contrastive import info_nce
+
+ALLOCATOR_BYTES = 12 * 2**20  # what a process keeps beside its tensors
 
 
 def features(rows: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,3 +79,19 @@ def test_low_precision_features_are_refused() -> None:
     image, text, scale = (x.bfloat16() for x in features(4))
     with pytest.raises(AssertionError, match="fp32"):
         info_nce(image, text, image, text, scale)
+
+
+def test_peak_memory_is_one_chunk_of_logits_and_the_gradients() -> None:
+    rows, width, chunk_rows = 8192, 64, 512
+    _, peak_bytes = bench_loss.measure("infonce", "chunked", rows, width, chunk_rows)
+    expected = 4 * (chunk_rows * rows + 4 * rows * width)
+    assert peak_bytes < 1.25 * expected + ALLOCATOR_BYTES
+    assert peak_bytes < 4 * rows * rows / 4  # of one whole matrix
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    image, text, scale = features(8)
+    loss = info_nce(image, text, image, text, scale)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one time only"):
+        loss.backward()

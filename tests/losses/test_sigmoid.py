@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench_loss
 from cmpt.losses.sigmoid import sigmoid_loss
+
+ALLOCATOR_BYTES = 12 * 2**20  # what a process keeps beside its tensors
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -66,3 +69,19 @@ def test_extreme_logits_stay_finite() -> None:
     image, text, _, _ = inputs_of(8)
     loss = sigmoid_loss(image, text, torch.tensor([1e4]), torch.tensor([0.0]))
     assert torch.isfinite(loss)
+
+
+def test_peak_memory_is_two_chunks_and_the_gradients() -> None:
+    rows, width, chunk_rows = 8192, 64, 512
+    _, peak_bytes = bench_loss.measure("sigmoid", "chunked", rows, width, chunk_rows)
+    expected = 4 * (2 * chunk_rows * rows + 2 * rows * width)
+    assert peak_bytes < 1.25 * expected + ALLOCATOR_BYTES
+    assert peak_bytes < 4 * rows * rows / 4  # of one whole matrix
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    inputs = inputs_of(8)
+    loss = sigmoid_loss(*inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one time only"):
+        loss.backward()
