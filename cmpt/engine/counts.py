@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +54,11 @@ def count_step(
         int(training_flops(model, images, batch.text.lengths, engine.batch_size, cached)),
         len(batch.keys) - len(images),
         len(batch.rejections),
-        stop_signal or 0,
-        int(stop_signal is not None),
+        *(int(stop_signal == number) for number in (signal.SIGTERM, signal.SIGINT)),
         *(int(told) for told in part),
     ]
-    *sums, rejected, signals, told, written, failed = sum_over_ranks(torch.tensor(local)).tolist()
+    *sums, rejected, terminated, interrupted, written, failed = sum_over_ranks(torch.tensor(local)).tolist()
     kept, patches, text_tokens, flops, holes = sums
+    stop = int(signal.SIGTERM) if terminated else int(signal.SIGINT) if interrupted else 0
     rejections = [rejection for part in gather_objects(batch.rejections) for rejection in part] if rejected else []
-    return StepCounts(kept, patches, text_tokens, flops, holes, rejections, signals // max(told, 1), written, failed)
+    return StepCounts(kept, patches, text_tokens, flops, holes, rejections, stop, written, failed)
