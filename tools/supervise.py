@@ -80,8 +80,8 @@ class Run:
             writer = RecordWriter(self._events)
             for record in self._unwritten:
                 writer.append(record)
-            writer.sync()
-            writer.close()
+            if lost := writer.close():
+                print(f"supervise: {lost} events are not in {self._events}: {writer.fault}", file=sys.stderr)
             self._unwritten.clear()
 
     def begin(self) -> None:

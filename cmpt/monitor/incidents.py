@@ -23,6 +23,15 @@ def _then(event: Mapping[str, Any]) -> str:
     return "left out" if event.get("action") == "skip" else "ended the run"
 
 
+def _supervised(event: Mapping[str, Any]) -> str:
+    """What tools/supervise.py did, e.g. "start: restart 1, hosts node01, node02"."""
+    known = {"restart": "restart", "code": "exit code", "hosts": "hosts", "hosts_lost": "lost", "why": ""}
+    fields = ((label, event.get(key)) for key, label in known.items())
+    shown = [(label, ", ".join(value) if isinstance(value, list) else value) for label, value in fields]
+    told = ", ".join(f"{label} {value}".strip() for label, value in shown if value not in (None, ""))
+    return f"{event.get('event', '')}: {told}".removesuffix(": ")
+
+
 # Kind of event -> what happened, and a sentence about it.
 _TOLD: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "resume": ("resumed", lambda event: "from its newest sound checkpoint"),
@@ -35,7 +44,7 @@ _TOLD: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "lost_rank": ("process lost", _rank),
     "lost_host": ("host lost", lambda event: f"{event.get('host')}, rank {event.get('rank')}"),
     "failed": ("process failed", lambda event: f"{_rank(event)}: {event.get('error')}"),
-    "supervisor": ("supervisor", lambda event: str(event.get("text", ""))),
+    "supervisor": ("supervisor", _supervised),
     "warning": ("warning", lambda event: str(event.get("text", ""))),
     "end": ("ended", lambda event: str(event.get("outcome", ""))),
 }

@@ -171,9 +171,13 @@ class _Parts:
                 self.warn(self.step, f"no more curves for TensorBoard in this start of the run: {fault}")
 
     def scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            if key != "step" and isinstance(value, int | float):
-                self.curves(lambda board, key=key, value=value: board.add_scalar(f"{group}/{key}", value, step))
+        shown = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
+
+        def draw(board: SummaryWriter) -> None:
+            for key, value in shown.items():
+                board.add_scalar(f"{group}/{key}", value, step)
+
+        self.curves(draw)
 
     def put(self, name: str, content: bytes) -> str:
         """A file of the run folder, whole or not at all; its path, or why it is not there."""
