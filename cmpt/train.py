@@ -64,18 +64,12 @@ from cmpt.monitor.watchdog import Watchdog, WatchdogError
 from cmpt.ops.attention import attention_backend
 from cmpt.recipe import RecipeError, check_recipe, load_recipe
 from cmpt.recipe.schema import Recipe
+from cmpt.remedies import Remedies
 
 _MASKS_SHOWN = 12
 _DATA_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring the data sooner
-_USER_ERRORS = (
-    DataError,
-    CheckpointError,
-    FormatError,
-    OutOfMemoryError,
-    RecipeError,
-    TrainingDivergedError,
-    WatchdogError,
-)
+_SAME_ON_ALL_RANKS = (FormatError, RecipeError, TrainingDivergedError, WatchdogError)
+_USER_ERRORS = (*_SAME_ON_ALL_RANKS, CheckpointError, DataError, OutOfMemoryError)
 _LET_THE_FIRST_RANK_SPEAK_S = 2.0
 USER_ERROR = 2
 
@@ -88,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(recipe, rank, world_size, device)
     except _USER_ERRORS as error:
         # What a user can mend is said in a line; everything else keeps its traceback.
-        if rank and isinstance(
-            error, FormatError | RecipeError | TrainingDivergedError | WatchdogError
-        ):  # all the same
+        if rank and isinstance(error, _SAME_ON_ALL_RANKS):
             time.sleep(_LET_THE_FIRST_RANK_SPEAK_S)
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -141,10 +133,13 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     parameters = sum(parameter.numel() for parameter in clip.parameters())
     trained = build(clip, recipe.engine, recipe.optimizer, world_size, device)
     count_deepspeed()
+    store = checkpoint_store(recipe)
     if primary:
+        if recipe.run.overwrite:
+            store.forget_copies()
         prepare(recipe, world_size)
     process_group.barrier()
-    checkpoints = Checkpoints(checkpoint_store(recipe))
+    checkpoints = Checkpoints(store)
     state = checkpoints.load_newest(trained) or TrainState(seed=recipe.run.seed, data=loader.data_fingerprint)
     if state.data != loader.data_fingerprint:
         raise CheckpointError("data.train: shards were added or removed since the checkpoint; start a new run")
@@ -158,8 +153,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     with (
         Monitor(folder, recipe.run.name, plan.total_steps, state.step, primary) as monitor,
         Watchdog(folder, recipe.guard.watchdog_seconds) as watch,
-        StopSignals() as signals,
+        StopSignals(folder / "stop" if primary else None) as signals,
     ):
+        remedies = Remedies(recipe, state, trained, checkpoints, guard, monitor)
         checkpoints.before_publishing = monitor.sync
         for fault in checkpoints.faults:
             monitor.event("warning", state.step, text=fault)
@@ -174,6 +170,8 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             mask = MaskStage(phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks)
             if state.step > planned.first_step:
                 mask.load_state(state.masking)
+            else:
+                guard.forget()
             watch.at("data", state.step, patient=True)
             with closing(loader.batches(position, phase.image)) as batches:
                 for batch, position in meters.waiting(batches):
@@ -188,10 +186,17 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     watch.at("gradient", state.step)
                     valid_B = batch.valid_B if counts.holes else None
                     result = find_gradient(trained, masked.patches, batch.text, valid_B, recipe.loss, micro)
+                    step, stop_signal = state.step + 1, counts.stop_signal
+                    saves, ends = plan.saves(step), bool(stop_signal) or plan.ends(step)
+                    unequal = refusal = None
+                    if recipe.guard.weights_every and (saves or ends or plan.compares_weights(step)):
+                        watch.at("comparison of weights", state.step, patient=True)
+                        unequal = unequal_weights(trained)
                     watch.at("optimizer", state.step)
-                    lr, logs = planned.learning_rate(state.step + 1), plan.logs(state.step + 1)
-                    refusal = None if result.overflowed else guard.judge(result.loss, result.gradient_norms["total"])
-                    if refusal or result.overflowed:
+                    lr, logs = planned.learning_rate(step), plan.logs(step)
+                    if not (unequal or result.overflowed):
+                        refusal = guard.judge(result.loss, result.gradient_norms["total"])
+                    if unequal or refusal or result.overflowed:
                         drop_step(trained, result)
                     else:
                         take_step(trained, result, lr, recipe.optimizer.clip_norm)
@@ -202,18 +207,16 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                         monitor.event("skip", state.step, cause=skip.cause, key=skip.key, detail=skip.detail)
                     if refusal:
                         watch.at("refused batch", state.step, patient=True)
-                        refuse(refusal, batch, result, guard, recipe, state, trained, checkpoints, monitor)
-                    stop_signal = counts.stop_signal
-                    saves, ends = plan.saves(state.step), bool(stop_signal) or plan.ends(state.step)
+                        remedies.refused(refusal, batch, result)
+                    if unequal:
+                        watch.at("unequal weights", state.step, patient=True)
+                        remedies.unequal_weights(unequal)
                     if logs:
                         monitor.log(metrics(state, phase.name, lr, masked, result, guard, batch, loader, meters))
                     if suite and plan.evaluates(state.step):
                         watch.at("evaluation", state.step, patient=True)
                         with meters.pause():
                             evaluate(suite, trained, monitor, state.step, batch, masked)
-                    if saves or ends or plan.compares_weights(state.step):
-                        watch.at("comparison of weights", state.step, patient=True)
-                        compare_weights(recipe, state, trained, checkpoints, monitor)
                     if saves or ends:
                         watch.at("checkpoint", state.step, patient=True)
                         state.loader = LoaderState.merge(gather_objects(position)).to_json()
@@ -231,7 +234,10 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
         finally:
             report_checkpoints(checkpoints, monitor, meters)
         if primary:
-            write_report(folder)
+            try:
+                write_report(folder)
+            except OSError as error:
+                monitor.event("warning", state.step, text=f"report.html could not be written: {error}")
     return 128 + stop_signal if stop_signal else 0
 
 
@@ -247,55 +253,6 @@ def rehearse(trained: Trained, recipe: Recipe, plan: Plan, step: int, world_size
     largest = largest_batch(recipe, phases, recipe.engine.batch_size // world_size)
     seconds = dry_run(trained, recipe, largest)
     monitor.event("dry_run", step, largest=str(largest), seconds=seconds, peak_memory_bytes=peak_memory_bytes())
-
-
-def refuse(
-    fault: str,
-    batch: ImageTextBatch,
-    result: StepResult,
-    guard: LossGuard,
-    recipe: Recipe,
-    state: TrainState,
-    trained: Trained,
-    checkpoints: Checkpoints,
-    monitor: Monitor,
-) -> None:
-    """Name a batch that the guard refused, and do what guard.action says; every rank calls it."""
-    digest = batch_digest(digest for part in gather_objects(batch.stream_digests) for digest in part)
-    keys = [key for part in gather_objects(batch.keys) for key in part]
-    listing = monitor.listing(f"refused/step_{state.step:08d}.txt", keys)
-    action, back_to = recipe.guard.action, None
-    if guard.exhausted:
-        action, fault = "stop", f"{fault}, after {guard.refused - 1} refused batches (guard.limit)"
-    if action == "rewind":
-        back_to = checkpoints.rewind(trained)
-        if back_to is None:
-            action, fault = "stop", f"{fault}, and there is no checkpoint to rewind to"
-    norm = result.gradient_norms["total"]
-    named = {"loss": result.loss, "grad_norm": norm, "batch_digest": digest, "keys": listing}
-    monitor.event("refused", state.step, cause=fault, action=action, back_to=back_to, **named)
-    if action == "stop":
-        raise TrainingDivergedError(
-            f"step {state.step}: {fault}; the batch {digest} was not stepped on, its samples are listed in {listing}; "
-            "guard.action=skip or rewind goes on without it"
-        )
-    then = f"went on from the weights of step {back_to:,}" if action == "rewind" else "left out"
-    monitor.note(f"step {state.step:,}: warning: {fault}; batch {digest} {then}")
-
-
-def compare_weights(
-    recipe: Recipe, state: TrainState, trained: Trained, checkpoints: Checkpoints, monitor: Monitor
-) -> None:
-    """Find out whether all ranks have the same weights, and do what guard.unequal_weights says if not."""
-    fault = unequal_weights(trained) if recipe.guard.weights_every else None
-    if fault is None:
-        return
-    back_to = checkpoints.rewind(trained) if recipe.guard.unequal_weights == "rewind" else None
-    action = "stop" if back_to is None else "rewind"
-    monitor.event("unequal_weights", state.step, cause=fault, action=action, back_to=back_to)
-    if back_to is None:
-        raise TrainingDivergedError(f"step {state.step}: the ranks have unequal weights: {fault}")
-    monitor.note(f"step {state.step:,}: warning: {fault}; went on from the weights of step {back_to:,}")
 
 
 def report_checkpoints(checkpoints: Checkpoints, monitor: Monitor, meters: Meters) -> None:

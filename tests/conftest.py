@@ -95,6 +95,15 @@ def run_cli() -> RunCli:
 
 
 @pytest.fixture(scope="session")
+def alone() -> None:
+    """A process group of this process, which is its whole world."""
+    from cmpt.dist import process_group
+
+    if not torch.distributed.is_initialized():
+        process_group.start()
+
+
+@pytest.fixture(scope="session")
 def open_clip() -> Iterator[ModuleType]:
     """The module open_clip; skips where it is not installed."""
     if importlib.util.find_spec("open_clip") is None:

@@ -12,9 +12,10 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-# train -> engine, evals, monitor -> data | masking | losses | models -> ops | dist -> recipe, batch
+# train -> remedies -> engine, evals, monitor -> data | masking | losses | models -> ops | dist -> recipe, batch
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("train",),
+    ("remedies",),
     ("engine", "evals", "monitor"),
     ("data", "masking", "losses", "models"),
     ("ops", "dist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -295,3 +296,41 @@ def test_a_set_in_which_everything_is_rejected_stops_and_says_so(tmp_path: Path,
 def test_help_says_how_to_use_it(run_cli: RunCli) -> None:
     done = run_cli(["python", "cmpt/train.py", "--help"])
     assert done.returncode == 0 and "recipes/quickstart.yaml" in done.stdout
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    """The pid of the process that trains as this rank of the run in `folder`."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = {*(entry / "cmdline").read_bytes().split(b"\0"), *(entry / "environ").read_bytes().split(b"\0")}
+                if {b"cmpt/train.py", f"run.folder={folder}".encode(), f"RANK={rank}".encode()} <= words:
+                    return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.multiprocess
+def test_a_stopped_process_is_named_with_its_stack_and_the_run_ends(tmp_path: Path, free_port: int) -> None:
+    folder = Path(sys.executable).parent
+    launcher = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port)]
+    more = ["run.duration=100000 steps", "run.log_every=1 steps", "guard.watchdog_seconds=8"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [*launcher, "cmpt/train.py", RECIPE, *overrides(tmp_path, "run", *more)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run, limit = tmp_path / "run", time.monotonic() + 200
+    while time.monotonic() < limit and not ((run / "metrics.jsonl").exists() and len(rows(run)) >= 5):
+        time.sleep(0.05)
+    os.kill(process_of_rank(1, tmp_path), signal.SIGSTOP)
+    stopped = time.monotonic()
+    _, told = process.communicate(timeout=100)
+    assert process.returncode != 0 and time.monotonic() - stopped < 60
+    (stall,) = [event for event in rows(run, "events.jsonl") if event["kind"] == "stall"]
+    assert stall["rank"] == 1 and stall["state"] == "stopped by a signal" and 8 <= stall["seconds"] < 30
+    assert any("cmpt/train.py" in line and "in train" in line for line in stall["stack"])
+    assert "rank 1 on host" in told and "has stood still" in told

@@ -83,6 +83,7 @@ def test_two_hosts_give_the_one_process_run(hosts: Hosts, tmp_path: Path, run_cl
     assert saved == ["step_00000012", "step_00000008", "step_00000004"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_recipe_error_on_two_hosts_is_exit_code_2(hosts: Hosts, tmp_path: Path, run_cli: RunCli) -> None:
     """The supervisor tells by this code that another start would fail again; pdsh and the launcher hand it on."""
@@ -93,7 +94,7 @@ def test_a_recipe_error_on_two_hosts_is_exit_code_2(hosts: Hosts, tmp_path: Path
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("how", ["killed", "vanished"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("vanished", marks=pytest.mark.slow)])
 def test_losing_a_host_ends_the_run_and_names_it(how: str, hosts: Hosts, tmp_path: Path) -> None:
     """Killed: every process of the host at once. Vanished: its network goes, nobody is told, and pdsh waits for ssh."""
     run, log = tmp_path / "run", tmp_path / "log"

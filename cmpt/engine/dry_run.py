@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import repeat
 
 import torch
+import torch.distributed as dist
 
 from cmpt.batch import PackedPatches, PackedText
 from cmpt.engine import sharded
@@ -17,6 +18,9 @@ from cmpt.engine.step import find_gradient
 from cmpt.masking.strategies import most_kept
 from cmpt.recipe import ResolvedPhase
 from cmpt.recipe.schema import Recipe
+
+# What torch says on a host; the second is oneDNN's, which has only this to say.
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "could not execute a primitive")
 
 
 class OutOfMemoryError(RuntimeError):
@@ -71,22 +75,23 @@ def dry_run(trained: Trained, recipe: Recipe, largest: LargestBatch) -> float:
 
 @contextmanager
 def memory_advice(recipe: Recipe, largest: LargestBatch) -> Iterator[None]:
-    """Turns torch's out-of-memory error into one that says what to change."""
+    """Turns an error that torch raises for want of memory into one that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = str(error) or "the host's memory is used up"
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in told:
+        told = (str(error) or "no memory for a Python object").splitlines()[0]
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(s in told for s in _NO_MEMORY):
             raise
-        micro = recipe.engine.micro_batch_size or largest.pairs
-        advice = [f"engine.micro_batch_size={max(1, micro // 2)} (gradient caching: the same batch in smaller parts)"]
+        micro = min(recipe.engine.micro_batch_size or largest.pairs, largest.pairs)
+        advice = []
+        if micro > 1:
+            advice.append(f"engine.micro_batch_size={micro // 2} (gradient caching: the same batch in smaller parts)")
         if not recipe.model.activation_checkpointing:
             advice.append("model.activation_checkpointing=true")
-        if recipe.engine.zero_stage < 3:
+        if dist.get_world_size() > 1 and recipe.engine.zero_stage < 3:
             advice.append(f"engine.zero_stage={recipe.engine.zero_stage + 1}")
-        advice.append("more GPUs, or a smaller engine.batch_size")
-        first = told.splitlines()[0]
+        advice.append("more processes, or a smaller engine.batch_size")
         raise OutOfMemoryError(
-            f"too little memory for the largest batch of this recipe, {largest} per rank, {micro} at a time: {first} "
-            f"Try, in this order: {'; '.join(advice)}"
+            f"too little memory for the largest batch of this recipe, {largest} per rank, {micro} at a time: "
+            f"{told.rstrip('. ')}. Try, in this order: {'; '.join(advice)}"
         ) from error

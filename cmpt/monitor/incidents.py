@@ -23,6 +23,10 @@ def _then(event: Mapping[str, Any]) -> str:
     return "left out" if event.get("action") == "skip" else "ended the run"
 
 
+def _refused(event: Mapping[str, Any]) -> str:
+    return f"{event.get('cause')}; batch {event.get('batch_digest')} {_then(event)}"
+
+
 def _supervised(event: Mapping[str, Any]) -> str:
     """What tools/supervise.py did, e.g. "start: restart 1, hosts node01, node02"."""
     known = {"restart": "restart", "code": "exit code", "hosts": "hosts", "hosts_lost": "lost", "why": ""}
@@ -35,10 +39,7 @@ def _supervised(event: Mapping[str, Any]) -> str:
 # Kind of event -> what happened, and a sentence about it.
 _TOLD: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "resume": ("resumed", lambda event: "from its newest sound checkpoint"),
-    "refused": (
-        "batch refused",
-        lambda event: f"{event.get('cause')}; {_then(event)} (batch {event.get('batch_digest')})",
-    ),
+    "refused": ("batch refused", _refused),
     "unequal_weights": ("unequal weights", lambda event: f"{event.get('cause')}; {_then(event)}"),
     "stall": ("stood still", lambda event: f"{_rank(event)}, for {event.get('seconds', 0):.0f} s"),
     "lost_rank": ("process lost", _rank),
@@ -74,7 +75,8 @@ def _checkpoints(metrics: Records, events: Records) -> str:
         return ""
     size = sum(event["bytes"] for event in written)
     speed = size / sum(event["write_s"] for event in written)
-    told = f"{len(written):,} checkpoints of {size / len(written) / 1e6:,.1f} MB, written at {speed / 1e6:,.0f} MB/s"
+    count = "1 checkpoint" if len(written) == 1 else f"{len(written):,} checkpoints"
+    told = f"{count} of {size / len(written) / 1e6:,.1f} MB, written at {speed / 1e6:,.0f} MB/s"
     spans = [(row["step_s"], row["step"]) for row in metrics if row.get("step_s") and row.get("step") is not None]
     steps = [0, *(step for _, step in spans)]
     seconds = sum(step_s * max(0, step - before) for (step_s, step), before in zip(spans, steps, strict=False))

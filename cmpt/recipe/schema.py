@@ -242,9 +242,10 @@ class Guard:
     window: int = 128
     """Losses that the estimate is made of; until there are half as many, no loss is a spike."""
     limit: int = 20
-    """After so many refused batches in the whole run, the next one ends it."""
+    """After so many refused batches, unequal weights included, in the whole run, the next one ends it."""
     weights_every: str | None = "500 steps"
-    """How often all ranks compare the weights that they hold alike; before every checkpoint too. Null: never."""
+    """How often all ranks compare the weights that they hold alike; before every checkpoint too. Null: never. Above
+    ZeRO stage 0, where each step overwrites what the ranks compute with, only "1 steps" sees every flipped bit."""
     unequal_weights: str = "stop"
     """When they are not alike: "stop" ends the run, "rewind" goes on from the weights of the last checkpoint."""
     watchdog_seconds: float | None = 20.0

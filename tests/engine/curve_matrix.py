@@ -3,7 +3,7 @@
     torchrun --nproc-per-node W tests/engine/curve_matrix.py
 
 One case after the other in one process group: every ZeRO stage, with and without gradient caching, both losses. The
-recipe is as it is but for fp32 and a quarter of its batch. Prints one JSON object: losses and digests by case.
+recipe is as it is but for fp32 and an eighth of its batch. Prints one JSON object: losses and digests by case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cmpt.models.clip import CLIP
 from cmpt.recipe import load_recipe
 from cmpt.train import build_loader
 
-STEPS, BATCH = 50, 32
+STEPS, BATCH = 50, 16
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
 OVERRIDES = ["engine.precision=fp32", f"engine.batch_size={BATCH}", "data.workers=1", "data.heldout=[]"]
 LOSSES = {

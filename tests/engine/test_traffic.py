@@ -33,6 +33,7 @@ def test_counted_bytes_are_those_that_torch_sees_and_those_of_the_arithmetic(
     assert not apart
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_process_alone_sends_nothing(run_cli: RunCli, free_port: int) -> None:
     found = run_matrix(1, run_cli, free_port)

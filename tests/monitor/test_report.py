@@ -13,7 +13,15 @@ from cmpt.monitor.pictures import mask_grid
 from cmpt.monitor.plots import Curve, Plot, draw
 from cmpt.monitor.report import write_report
 
-TITLES = ["Results", "Pictures", "Training", "Held-out curves", "Skipped samples", "How it was made"]
+TITLES = [
+    "Results",
+    "Pictures",
+    "Training",
+    "Held-out curves",
+    "What happened",
+    "Skipped samples",
+    "How it was made",
+]
 PLOTS = [
     "Loss",
     "Learning rate",
@@ -100,7 +108,12 @@ def full_run(folder: Path) -> None:
         for cause in ("broken_image", "broken_image", "empty_caption"):
             monitor.event("skip", 5, cause=cause, key="a<b>.tar/7")
         monitor.event("model", 0, parameters=1_000_005)
-        monitor.event("warning", 50, text="loss was not finite")
+        monitor.event("warning", 50, text="a copy of the checkpoint is missing")
+        refused = {"cause": "the loss is nan", "action": "rewind", "back_to": 40, "batch_digest": "abc123"}
+        monitor.event("refused", 51, **refused)
+        monitor.event("stall", 60, rank=3, host="node<7>", place="data", seconds=21.4, stack=["File x.py in <wait>"])
+        monitor.event("supervisor", 60, event="start", restart=1, hosts=["node1", "node2"])
+        monitor.checkpoint(50, "step_00000050", bytes=2_000_000, write_s=0.5, stall_s=0.1)
         monitor.picture("masks", mask_grid(np.zeros((4, 32, 32, 3), np.uint8), np.ones((4, 16), bool), 8, "masks"))
         noise = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
         monitor.picture("queries", mask_grid(noise, np.ones((4, 16), bool), 64, "a large one"))
@@ -123,7 +136,11 @@ def test_report_of_a_full_run_has_everything_and_loads_nothing(tmp_path: Path) -
         "<h1>toy</h1>", "recipes/toy.yaml", "3f9c2d1", "2 x Toy GPU per node; Toy CPU, 8 cores; 4 processes",
         "1,000,005", "25,600, 4.00 epochs, 128 per second",
         "3:20 of training steps, and 0:08 of evaluation", ">Finished</span> at step 400 of 400", "broken image",
-        "a&lt;b&gt;.tar/7", "&lt;toy&gt;", "tuning &lt;&amp;&gt; $x$", "loss was not finite", "at 1 of 40 logged steps",
+        "a&lt;b&gt;.tar/7", "&lt;toy&gt;", "tuning &lt;&amp;&gt; $x$", "at 1 of 40 logged steps",
+        "a copy of the checkpoint is missing",
+        "the loss is nan; batch abc123 left out, and on from the weights of step 40",
+        "rank 3 on node&lt;7&gt; in &quot;data&quot;, for 21 s", "File x.py in &lt;wait&gt;",
+        "start: restart 1, hosts node1, node2", "1 checkpoint of 2.0 MB, written at 4 MB/s",
     ):  # fmt: skip
         assert text in page, text
     assert path.stat().st_size < 3_000_000

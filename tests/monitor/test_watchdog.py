@@ -106,7 +106,7 @@ def stack_of(event: dict[str, Any]) -> str:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named_with_its_stack_and_all_end(who: int, start: Start) -> None:
     ranks = start(2, "stop", who=who)
     assert all(ranks.wait())
@@ -135,7 +135,13 @@ def test_with_the_default_silence_a_stopped_rank_is_named_within_30_s(start: Sta
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("what", "state"), [("oversleep", ""), ("gil", "no thread of Python runs: one holds the GIL")])
+@pytest.mark.parametrize(
+    ("what", "state"),
+    [
+        ("oversleep", ""),
+        pytest.param("gil", "no thread of Python runs: one holds the GIL", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_hangs_is_named_and_the_one_that_waits_for_it_is_not(what: str, state: str, start: Start) -> None:
     ranks = start(2, what)
     assert all(ranks.wait())
@@ -145,6 +151,7 @@ def test_a_rank_that_hangs_is_named_and_the_one_that_waits_for_it_is_not(what: s
     assert "rank 0 on host" not in ranks.stderr()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_under_torchrun_the_run_ends_non_zero_and_says_why(tmp_path: Path, run_cli: RunCli, free_port: int) -> None:
     command = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port), SCRIPT]
@@ -155,7 +162,7 @@ def test_under_torchrun_the_run_ends_non_zero_and_says_why(tmp_path: Path, run_c
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_is_named_and_the_other_ends(who: int, start: Start) -> None:
     ranks = start(2, "killed", who=who)
     assert ranks.processes[who].wait(120) == -signal.SIGKILL
@@ -177,7 +184,9 @@ def test_an_error_on_one_rank_ends_the_others_which_would_wait_for_it(start: Sta
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("what", ["fork", "slow", "patient", "None"])
+@pytest.mark.parametrize(
+    "what", ["slow", *(pytest.param(what, marks=pytest.mark.slow) for what in ("fork", "patient", "None"))]
+)
 def test_a_run_that_goes_well_ends_in_silence(what: str, start: Start) -> None:
     """Also with a child process that outlives it, with slow steps, with a long patient place, and unwatched."""
     ranks = start(2, what, who=0, silence_s=None if what == "None" else 4)
@@ -206,6 +215,7 @@ def test_a_single_rank_may_be_stopped_and_continued(start: Start) -> None:
     assert ranks.stderr() == "" and not ranks.events()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_single_rank_that_hangs_is_named_and_ended(start: Start) -> None:
     ranks = start(1, "oversleep", who=0)
@@ -214,6 +224,7 @@ def test_a_single_rank_that_hangs_is_named_and_ended(start: Start) -> None:
     assert (event["kind"], event["rank"]) == ("stall", 0) and "in oversleep" in stack_of(event)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("who", [0, 1])
 def test_ranks_do_not_go_on_where_a_guardian_is_gone(who: int, start: Start) -> None:

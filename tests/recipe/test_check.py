@@ -115,7 +115,24 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("model.vision.layer_scale_init", 0.0, "model.vision.layer_scale_init = 0.0: must be > 0"),
     ("loss.chunk_rows", 0, "loss.chunk_rows = 0: must be >= 1"),
     ("engine.batch_size", 60, "engine.batch_size = 60: must be a multiple of data.streams = 8"),
-    ("engine.precision", "fp16", 'engine.precision = "fp16": expected one of bf16, fp32; did you mean bf16?'),
+    ("engine.precision", "fp8", 'engine.precision = "fp8": expected one of bf16, fp16, fp32; did you mean fp32?'),
+    ("engine.bucket_elements", 0, "engine.bucket_elements = 0: must be >= 1"),
+    ("engine.deepspeed", {"gradient_clipping": 1.0}, "engine.deepspeed.gradient_clipping = 1.0: is decided by "
+     "optimizer.clip_norm"),
+    ("engine.deepspeed", {"bf16": {"enabled": True}}, 'engine.deepspeed.bf16 = {"enabled": true}: is decided by '
+     "engine.precision"),
+    ("engine.deepspeed", {"zero_optimization": {"stage": 3}}, "engine.deepspeed.zero_optimization.stage = 3: is "
+     "decided by engine.zero_stage"),
+    ("engine.deepspeed", {"zero_optimization": 3}, "engine.deepspeed.zero_optimization = 3: must be a section (name: "
+     "value)"),
+    ("run.copy_checkpoints_to", "runs/run/copies", 'run.copy_checkpoints_to = "runs/run/copies": must be a folder '
+     "outside of the run's"),
+    ("run.keep_checkpoints_hours", -1.0, "run.keep_checkpoints_hours = -1.0: must be >= 0"),
+    ("optimizer.vision_layer_decay", 0.0, "optimizer.vision_layer_decay = 0.0: must be > 0 and <= 1"),
+    ("optimizer.ema_decay", 1.0, "optimizer.ema_decay = 1.0: must be >= 0 and < 1"),
+    ("guard.action", "ignore", 'guard.action = "ignore": expected one of skip, rewind, stop'),
+    ("guard.unequal_weights", "skip", 'guard.unequal_weights = "skip": expected one of stop, rewind; did you mean stop?'),
+    ("guard.watchdog_seconds", 1.0, "guard.watchdog_seconds = 1.0: must be >= 3"),
     ("engine.zero_stage", 4, "engine.zero_stage = 4: must be >= 0 and <= 3"),
     ("evaluation.every", "often", 'evaluation.every = "often": expected a number and a unit, such as "2000 steps"; '
      'units are "epochs", "steps" or "samples"'),

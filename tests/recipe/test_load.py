@@ -6,13 +6,13 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from cmpt.recipe import RecipeError, differences, load_recipe, recipe_fingerprint, to_yaml
-from cmpt.recipe.schema import Data, Evaluation, Phase, Recipe, Run, Source
+from cmpt.recipe.schema import Data, Evaluation, Guard, Phase, Recipe, Run, Source
 from cmpt.recipe.typed import flat, plain
 
 
@@ -201,7 +201,9 @@ def changed(value: object) -> object:
 FREE = {"run.name", "run.folder", "run.overwrite", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints",
         "run.stop_after", "data.heldout", "data.category_field", "engine.zero_stage", "data.cache_folder",
         "data.workers", "data.prefetch_batches", "model.preset", "model.init_from", "model.activation_checkpointing",
-        "engine.micro_batch_size", "loss.chunk_rows",
+        "engine.micro_batch_size", "loss.chunk_rows", "run.keep_checkpoints_hours", "run.copy_checkpoints_to",
+        "engine.offload_optimizer", "engine.overlap_communication", "engine.bucket_elements",
+        *(f"guard.{field.name}" for field in fields(Guard)),
         "evaluation.every", "evaluation.batch_size", "evaluation.prompts", "phases.0.name"}  # fmt: skip
 
 
