@@ -53,14 +53,15 @@ class Remedies:
             action, fault = "stop", f"{fault}, after {self.guard.refused - 1} refused batches"
             advice = "a higher guard.limit allows more"
         if action == "rewind":
-            back_to = self.checkpoints.rewind(self.trained)
+            rewound = self.checkpoints.rewind(self.trained)
             for unsound in self.checkpoints.faults:
                 self.monitor.event("warning", step, text=unsound)
-            if back_to is None:
+            if rewound is None:
                 action, fault = "stop", f"{fault}, and there is no checkpoint to rewind to"
                 advice = "a smaller run.checkpoint_every makes one earlier"
             else:
-                self.guard.rewind(self.state.guard)
+                back_to = rewound.step
+                self.guard.rewind(rewound.guard)
         self.monitor.event(kind, step, cause=fault, action=action, back_to=back_to, **named)
         if action == "stop":
             with suppress(CheckpointError):  # training's end is the news

@@ -62,12 +62,12 @@ from cmpt.monitor.pictures import mask_grid, query_grid
 from cmpt.monitor.report import write_report
 from cmpt.monitor.watchdog import Watchdog, WatchdogError
 from cmpt.ops.attention import attention_backend
-from cmpt.recipe import RecipeError, check_recipe, load_recipe
+from cmpt.recipe import RecipeError, check_recipe, load_recipe, recipe_fingerprint
 from cmpt.recipe.schema import Recipe
 from cmpt.remedies import Remedies
 
 _MASKS_SHOWN = 12
-_DATA_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring the data sooner
+_DATA_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring it back sooner
 _SAME_ON_ALL_RANKS = (FormatError, RecipeError, TrainingDivergedError, WatchdogError)
 _USER_ERRORS = (*_SAME_ON_ALL_RANKS, CheckpointError, DataError, OutOfMemoryError)
 _LET_THE_FIRST_RANK_SPEAK_S = 2.0
@@ -140,7 +140,10 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
         prepare(recipe, world_size)
     process_group.barrier()
     checkpoints = Checkpoints(store)
-    state = checkpoints.load_newest(trained) or TrainState(seed=recipe.run.seed, data=loader.data_fingerprint)
+    fingerprint = recipe_fingerprint(recipe)
+    state = checkpoints.load_newest(trained) or TrainState(recipe=fingerprint, data=loader.data_fingerprint)
+    if state.recipe != fingerprint:
+        raise CheckpointError("run.name: its newest checkpoint, or a copy, is of another recipe; choose another name")
     if state.data != loader.data_fingerprint:
         raise CheckpointError("data.train: shards were added or removed since the checkpoint; start a new run")
     position = LoaderState.from_json(state.loader) if state.loader else loader.initial_state()
@@ -163,6 +166,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
         monitor.event("model", state.step, parameters=parameters, attention=backend, init_from=recipe.model.init_from)
         if recipe.guard.dry_run and plan.remaining(state.step):
             watch.at("dry run", state.step, patient=True)
+            checkpoints.reserve(trained)  # what the first checkpoint will need in host memory
             rehearse(trained, recipe, plan, state.step, world_size, monitor)
         stop_signal = 0
         for planned in plan.remaining(state.step):
@@ -170,17 +174,18 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             mask = MaskStage(phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks)
             if state.step > planned.first_step:
                 mask.load_state(state.masking)
-            else:
-                guard.forget()
+            guard.begin(phase.name)
+            watch.begin_phase()
             watch.at("data", state.step, patient=True)
             with closing(loader.batches(position, phase.image)) as batches:
                 for batch, position in meters.waiting(batches):
                     traffic.take()  # what evaluations moved is no step's
+                    received = signals.received
                     watch.at("mask", state.step)
                     batch = batch.to(device)
                     masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
                     part = checkpoints.progress()
-                    counts = count_step(recipe.model, masked, batch, recipe.engine, signals.received, part)
+                    counts = count_step(recipe.model, masked, batch, recipe.engine, received, part)
                     checkpoints.settle(counts.parts_written, counts.parts_failed)
                     mask.advance(counts.mask_ratio)
                     watch.at("gradient", state.step)
@@ -200,6 +205,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                         drop_step(trained, result)
                     else:
                         take_step(trained, result, lr, recipe.optimizer.clip_norm)
+                    watch.at("records", state.step, least_s=_DATA_PATIENCE_S)
                     state.advance(mask.state(), counts.rejections)
                     state.image_size = phase.image.size
                     meters.add(counts, traffic.take())
@@ -253,6 +259,8 @@ def rehearse(trained: Trained, recipe: Recipe, plan: Plan, step: int, world_size
     largest = largest_batch(recipe, phases, recipe.engine.batch_size // world_size)
     seconds = dry_run(trained, recipe, largest)
     monitor.event("dry_run", step, largest=str(largest), seconds=seconds, peak_memory_bytes=peak_memory_bytes())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def report_checkpoints(checkpoints: Checkpoints, monitor: Monitor, meters: Meters) -> None:

@@ -105,7 +105,8 @@ def test_kill_at_a_random_step_and_resume_gives_the_uninterrupted_run(uninterrup
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run, limit = tmp_path / "killed", time.monotonic() + 200
     while time.monotonic() < limit and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= victim_step:
+        done = (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines())
+        if done >= victim_step and (run / "checkpoints" / "step_00000004").exists():
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

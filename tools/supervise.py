@@ -9,8 +9,8 @@ a checkpoint and started with them. What happens is said here and recorded in th
 
 How a start ends, and what follows:
   the recipe is done, or run.stop_after is reached       exit code 0
-  exit code 2 (bad recipe or data, refused resume,       not restarted: it would fail again; exit code 2
-    loss not finite)
+  exit code 2 of the first start before a checkpoint     not restarted: it would fail again; exit code 2
+    (bad recipe or data, refused resume, ...)
   Ctrl-C or SIGTERM here, or a file RUN/stop             the run writes a checkpoint; exit code 128 + signal
   anything else                                          restarted; after N restarts without a newer checkpoint,
                                                          given up with the run's exit code
@@ -150,7 +150,7 @@ class Supervisor:
                 if code == 0 and self.run.ended_well():
                     self.say("finished", step)
                     return 0
-                if code == USER_ERROR:
+                if code == USER_ERROR and restart == 0 and step == before:
                     self.say("giving up", step, why="exit code 2: not to be mended by another start")
                     return USER_ERROR
                 restart += 1

@@ -55,8 +55,8 @@ class TrainState:
     """Samples that could not be used so far, by cause, over all ranks."""
     guard: dict[str, Any] = field(default_factory=dict)
     """State of the guard of the loss (monitor/guard.py)."""
-    seed: int = 0
-    """The run's seed: with the step, the whole state of its randomness."""
+    recipe: str = ""
+    """Fingerprint of the recipe, its seed included: with the step, the whole state of the run's randomness."""
     image_size: int = 0
     """Side of the training images of this step's phase, in pixels."""
     data: str = ""
@@ -76,7 +76,7 @@ class Report:
 
     step: int
     path: Path | None = None  # None: there is no checkpoint of this step
-    fault: str | None = None  # what went wrong, for people to read; with a path, a copy of it is missing
+    fault: str | None = None  # what went wrong, for people to read
     bytes: int = 0
     write_s: float = 0.0  # from the copy to host memory until it was complete
     stall_s: float = 0.0  # that training was held up
@@ -86,7 +86,8 @@ class Checkpoints:
     """The checkpoints of one run, and at most one that is being written.
 
     `before_publishing` is called, in another thread, before a checkpoint becomes visible: what a resume relies on has
-    to be on the disk by then. All methods but `taken_reports` are collective.
+    to be on the disk by then. All methods but `progress`, `reserve` and
+    `taken_reports` are collective.
     """
 
     def __init__(self, store: Store, before_publishing: Callable[[], None] = lambda: None) -> None:
@@ -95,6 +96,8 @@ class Checkpoints:
         self.faults: list[str] = []
         """What made a load pass over a checkpoint, a line each."""
         self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._copier = ThreadPoolExecutor(1, "checkpoint-copy")  # a slow second disk must not hold up the first
+        self._copying: Future[None] | None = None
         self._buffers: dict[str, list[Tensor]] = {}
         self._part: Future[dict[str, Entry]] | None = None  # being written; None on all ranks or on none
         self._begun = Report(0)
@@ -159,6 +162,8 @@ class Checkpoints:
         """Wait until what was begun is complete. Raises CheckpointError, on every rank, if it could not be written."""
         self._wait_for_parts()
         report = self._publishing.result() if self._publishing is not None else None
+        if self._copying is not None:
+            self._copying.result()
         fault = broadcast_object(report.fault if report is not None and report.path is None else None)
         if fault:
             raise CheckpointError(fault)
@@ -193,12 +198,11 @@ class Checkpoints:
             raise CheckpointError(f"{chosen}: {where} cannot see it; run.folder must be shared by all hosts")
         return load(chosen, trained)
 
-    def rewind(self, trained: Trained) -> int | None:
-        """Put the weights, moments and average of the newest checkpoint back; its step, or None where there is none."""
+    def rewind(self, trained: Trained) -> TrainState | None:
+        """Put the weights, moments and average of the newest checkpoint back; its state, or None if there is none."""
         with suppress(CheckpointError):  # there is a report of it, and an older one will do
             self.finish()
-        state = self.load_newest(trained)
-        return state.step if state else None
+        return self.load_newest(trained)
 
     def _wait_for_parts(self) -> None:
         if self._part is not None:
@@ -206,14 +210,19 @@ class Checkpoints:
             written, failed = sum_over_ranks(torch.tensor(self.progress(), dtype=torch.int64)).tolist()
             self.settle(written, failed)
 
+    def reserve(self, trained: Trained) -> None:
+        """Take the host memory that saving needs: 4 bytes for each kind of value of this rank's share."""
+        self._copy_to_host(trained)
+
     def _copy_to_host(self, trained: Trained) -> dict[str, int]:
         """This rank's pieces into buffers that are kept from one checkpoint to the next; where each piece begins."""
         own = sharded.own_pieces(trained.engine)
         for kind, tensors in sharded.kept_tensors(trained.engine, trained.average).items():
             held = [piece.of(tensors) for piece in own]
-            if kind not in self._buffers:
-                pinned = torch.cuda.is_available()
-                self._buffers[kind] = [torch.empty(len(h), dtype=torch.float32, pin_memory=pinned) for h in held]
+            if kind not in self._buffers:  # one piece of memory, since each pinned one is rounded up
+                sizes = [len(value) for value in held]
+                memory = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=torch.cuda.is_available())
+                self._buffers[kind] = list(memory.split(sizes))
             for buffer, value in zip(self._buffers[kind], held, strict=True):
                 buffer.copy_(value, non_blocking=True)
         if torch.cuda.is_available():
@@ -221,29 +230,34 @@ class Checkpoints:
         return {piece.name: piece.start for piece in own}
 
     def _complete(self, begun: Report, began: float, faults: list[str], files: dict[str, Entry]) -> Report:
-        """On rank 0, in the worker: make the written parts a checkpoint, copy it, delete old ones; report."""
-        step, path, fault = begun.step, None, "; ".join(faults)
+        """On rank 0, in the worker: make the written parts a checkpoint, or give them up; report."""
+        step, path, fault = begun.step, None, None
         try:
             if faults:
-                raise CheckpointError(fault)
+                raise CheckpointError("; ".join(faults))
             self.before_publishing()
             path = self.store.publish(step, files)
-            try:
-                self.store.copy(path)
-            finally:  # old ones would fill the first disk while the second is away
-                self.store.prune()
         except (OSError, CheckpointError) as cause:
-            fault = str(cause)
-        if path is None:
-            fault = f"checkpoint of step {step} could not be written: {fault}"
+            fault = f"checkpoint of step {step} could not be written: {cause}"
             self.store.abandon(step)
-        elif fault:
-            fault = f"checkpoint of step {step} could not be copied, or an old one not deleted: {fault}"
         size = sum(listed["bytes"] for listed in files.values())
-        spent = time.perf_counter() - began
-        report = Report(step, path, fault or None, size, spent, begun.stall_s)
+        report = Report(step, path, fault, size, time.perf_counter() - began, begun.stall_s)
         self._reports.put(report)
+        if path is not None:
+            self._copying = self._copier.submit(self._keep, path)
         return report
+
+    def _keep(self, path: Path) -> None:
+        """On rank 0, in the copier: the copy in the second folder, then delete what is not to stay in either."""
+        step = int(path.name[5:])
+        if not path.is_dir():
+            return  # copying is so slow that this one is deleted already; a newer one waits
+        for attempt in (lambda: self.store.copy(path), self.store.prune):
+            try:
+                attempt()
+            except (OSError, CheckpointError) as cause:
+                fault = f"checkpoint of step {step} could not be copied, or an old one not deleted: {cause}"
+                self._reports.put(Report(step, fault=fault))
 
 
 def load(folder: Path, trained: Trained) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -57,15 +58,29 @@ def conflict(recipe: Recipe) -> str | None:
 def prepare(recipe: Recipe, world_size: int) -> Path:
     """Make the folder, or empty it if the recipe says so, and write recipe.yaml and environment.json. Rank 0 only.
 
-    Call it only where `conflict` found none: it deletes what stands in the folder if run.overwrite is set.
+    Call it only where `conflict` found none: it deletes what stands in the folder if run.overwrite is set. Raises
+    RecipeError where another process trains in it; the folder is this one's until the process ends.
     """
     folder = run_folder(recipe)
     if recipe.run.overwrite and folder.exists():
+        _own(folder)
         shutil.rmtree(folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _own(folder)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "environment.json").write_text(json.dumps(environment(world_size), indent=1) + "\n")
     return folder
+
+
+def _own(folder: Path) -> None:
+    """Lock the folder for as long as this process lives, where its file system can; two runs in it would ruin it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RecipeError([f"run.name: another process is training in {folder}; end it first"]) from error
+    except OSError:
+        os.close(descriptor)  # a file system without locks
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from cmpt.engine.manifest import (
@@ -120,7 +121,12 @@ class Store:
                     shutil.rmtree(old)
 
     def _folders(self) -> list[Path]:
-        return [folder for folder in (self.folder, self.copies) if folder is not None and folder.is_dir()]
+        """Those that are there; trouble with the disk of the copies must not stop a run."""
+        folders = [self.folder] if self.folder.is_dir() else []
+        with suppress(OSError):
+            if self.copies is not None and self.copies.is_dir() and os.access(self.copies, os.W_OK):
+                folders.append(self.copies)
+        return folders
 
 
 def _replace(beside: Path, final: Path) -> None:

@@ -29,7 +29,14 @@ class LossGuard:
     def __init__(self, guard: Guard, state: Mapping[str, Any]) -> None:
         self._guard = guard
         self._losses: deque[float] = deque(state.get("losses", ()), maxlen=guard.window)
+        self._phase: str = state.get("phase", "")
         self.refused: int = state.get("refused", 0)
+
+    def begin(self, phase: str) -> None:
+        """A phase begins, or goes on after a resume. Another one has another level of loss: start the estimate anew."""
+        if phase != self._phase:
+            self._losses.clear()
+            self._phase = phase
 
     def judge(self, loss: float, gradient_norm: float) -> str | None:
         """Why a step must not be taken, e.g. "the loss is nan"; None for a step that may."""
@@ -40,14 +47,11 @@ class LossGuard:
             self.refused += 1
         return fault
 
-    def forget(self) -> None:
-        """What comes has another level of loss, since a phase begins: start the estimate anew."""
-        self._losses.clear()
-
     def rewind(self, state: Mapping[str, Any]) -> None:
         """The weights of a checkpoint are back, with its state: compare with the losses before it, which may have been
-        higher than the last ones. `refused` goes on."""
-        self._losses = deque(state.get("losses", ()), maxlen=self._guard.window)
+        higher than the last ones; with none, if those are of another phase. `refused` goes on."""
+        losses = state.get("losses", ()) if state.get("phase", "") == self._phase else ()
+        self._losses = deque(losses, maxlen=self._guard.window)
 
     @property
     def exhausted(self) -> bool:
@@ -70,4 +74,4 @@ class LossGuard:
         return f"the loss {loss:.4g} is {above:.1f} deviations above {median:.4g}, the median of the last steps"
 
     def state(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "refused": self.refused}
+        return {"losses": list(self._losses), "phase": self._phase, "refused": self.refused}

@@ -58,6 +58,7 @@ METRIC_KEYS = (
     "step_s",
     "batch_digest",
 )
+EVENTS = "events.jsonl"
 REDONE_KINDS = frozenset({"skip", "refused"})
 """Events that happen again when a step is run again; after a resume the earlier ones would count twice."""
 
@@ -134,7 +135,11 @@ class RecordWriter:
             self._write()
             if self.fault is not None:
                 raise OSError(self.fault.errno, f"{self.fault.strerror}; unwritten lines", str(self.path))
-            os.fsync(self._fd)
+            own = os.dup(self._fd)
+        try:  # without the lock: on a slow disk this may take seconds, in which others append
+            os.fsync(own)
+        finally:
+            os.close(own)
 
     def close(self) -> int:
         """How many lines, the last ones, could not be written."""
@@ -164,7 +169,9 @@ class RecordWriter:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of a file, without a torn last line; [] where there is no file.
 
-    Raises ValueError for a broken line that is not the last: no kill leaves one, so someone edited the file.
+    Raises ValueError for a broken line that is not the last: no kill leaves one, so someone edited the file. In
+    events.jsonl such a line is left out: when a host is lost, guardians on others append to it at the same moment,
+    which not every network file system keeps apart, and that must not keep the run from going on.
     """
     return [record for record, _ in _whole_lines(path)]
 
@@ -182,6 +189,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         except ValueError as error:
             if number == last - 1 and not lines[last]:
                 return  # the last line; a power cut can leave garbage with a newline in it
+            if path.name == EVENTS:
+                continue
             raise ValueError(f"{path}, line {number + 1}: not a JSON object: {line[:80]!r}") from error
         yield record, line + b"\n"
 

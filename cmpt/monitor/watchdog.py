@@ -88,10 +88,16 @@ class Watchdog:
             faults = {number: text for number, text in enumerate(gather_objects(fault)) if text}
             if faults:
                 first = min(faults)
-                raise WatchdogError(f"watchdog: no guardian for ranks {sorted(faults)}; rank {first}: {faults[first]}")
+                told = f"watchdog: no guardian for ranks {sorted(faults)}; rank {first}: {faults[first]}"
+                raise WatchdogError(f"{told}; guard.watchdog_seconds=null goes without them")
             undo.pop_all()
         threading.Thread(target=self._beat, name="cmpt-heartbeat", args=(rank, world), daemon=True).start()
         return self
+
+    def begin_phase(self) -> None:
+        """What follows may have another pace: its first steps have the patience of a start."""
+        self._steps_s.clear()
+        self._steps_done = 0
 
     def at(self, place: str, step: int, patient: bool = False, least_s: float = 0.0) -> None:
         """The main thread has come to `place` of `step`; every rank marks the same places. Costs microseconds.

@@ -114,6 +114,17 @@ OWNED_BY_FIELDS = {
     "optimizer": "the section optimizer",
     "scheduler": "the section optimizer",
 }
+# The same below zero_optimization, and what checkpoints and guards do not know.
+ZERO_KEYS = {
+    "stage": "is decided by engine.zero_stage",
+    "overlap_comm": "is decided by engine.overlap_communication",
+    "reduce_bucket_size": "is decided by engine.bucket_elements",
+    "allgather_bucket_size": "is decided by engine.bucket_elements",
+    "offload_optimizer": "is decided by engine.offload_optimizer",
+    **dict.fromkeys(
+        ("offload_param", "compute_grad_norm", "zero_hpz_partition_size", "mics_shard_size"), "is not supported"
+    ),
+}
 MODEL_SIZES = (
     "model.patch_size",
     "model.embed_dim",
@@ -230,15 +241,18 @@ class _Checker:
         zero = engine.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
             self.fault("engine.deepspeed.zero_optimization", zero, "must be a section (name: value)")
-        elif "stage" in zero:
-            self.fault("engine.deepspeed.zero_optimization.stage", zero["stage"], "is decided by engine.zero_stage")
+            zero = {}
+        for key, constraint in ZERO_KEYS.items():
+            if key in zero:
+                self.fault(f"engine.deepspeed.zero_optimization.{key}", zero[key], constraint)
         if engine.offload_optimizer:
             constraint = "must be >= 1 with engine.offload_optimizer"
             self.require(engine.zero_stage >= 1, "engine.zero_stage", engine.zero_stage, constraint)
         copies = run.copy_checkpoints_to
         if copies is not None:
-            own = os.path.join(os.path.expanduser(run.folder), run.name)
-            apart = copies != "" and not os.path.abspath(os.path.expanduser(copies)).startswith(os.path.abspath(own))
+            own = os.path.abspath(os.path.join(os.path.expanduser(run.folder), run.name))
+            theirs = os.path.abspath(os.path.join(os.path.expanduser(copies), run.name))
+            apart = copies != "" and os.path.commonpath([own, theirs]) not in (own, theirs)
             self.require(apart, "run.copy_checkpoints_to", copies, "must be a folder outside of the run's")
 
     def split(self) -> None:

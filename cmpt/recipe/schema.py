@@ -249,8 +249,9 @@ class Guard:
     unequal_weights: str = "stop"
     """When they are not alike: "stop" ends the run, "rewind" goes on from the weights of the last checkpoint."""
     watchdog_seconds: float | None = 20.0
-    """A process that gives no sign for so long, or whose step takes this long and ten times as long as others, is named
-    with its Python stack, and the run ends; null: no watchdog."""
+    """A process that gives no sign of life for so long is named with its Python stack, and the run ends; so is one
+    whose step takes this long and ten times the longest of its last 20 steps. Data may take 300 s; evaluations,
+    checkpoints and the first steps of a phase half an hour. Null: no watchdog."""
     dry_run: bool = True
     """Before the first step, one pass at the most tokens that masking and captions can give, so that too little memory
     shows at once; it changes nothing."""

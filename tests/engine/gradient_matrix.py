@@ -58,7 +58,9 @@ def main() -> None:
         expected_loss, expected = expected_gradients(loss, holes)
         for (stage, offload), micro in itertools.product(STAGES, MICRO):
             settings = Engine(batch_size=BATCH, precision="fp32", zero_stage=stage, offload_optimizer=offload)
+            settings.deepspeed = {"zero_optimization": {}}  # one process keeps its stage, too
             trained = build(CLIP(model_of(loss), IMAGE_SIZE, seed=0), settings, Optimizer(), world, device)
+            assert trained.engine.zero_optimization_stage() == stage
             patches, text, valid = rows_of(own, holes)
             valid_B = valid if holes else None
             result = find_gradient(trained, patches, text, valid_B, Loss(kind=loss, chunk_rows=3), micro)

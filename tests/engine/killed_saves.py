@@ -155,7 +155,7 @@ def run(folder: Path, rank: int, world: int, seed: int, told: Any, expected: lis
     checkpoints = Checkpoints(store.Store(folder / "first", keep=2, copies=folder / "second"))
     state = checkpoints.load_newest(trained) if expected else None
     if state is None:
-        state = TrainState(seed=1)
+        state = TrainState(recipe="1")
         put_first_weights(trained)
     elif digest(trained, state) != expected[state.step - 1]:
         raise AssertionError(f"rank {rank}: what was resumed at step {state.step} is not the uninterrupted run's")

@@ -23,6 +23,7 @@ def test_every_single_flipped_bit_changes_the_checksum() -> None:
     assert int(checksum(values)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_flipped_bit_names_the_rank_and_the_tensor(world: int, run_cli: RunCli, free_port: int) -> None:

@@ -9,7 +9,7 @@ SCRIPT = "tests/engine/gradient_matrix.py"
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_gradient_before_the_optimizer_is_that_of_the_global_loss(
     world: int, run_cli: RunCli, free_port: int
 ) -> None:

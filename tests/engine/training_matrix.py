@@ -102,6 +102,7 @@ def run(case: str, stages: list[tuple[int, bool]], optimizer: Optimizer, precisi
     losses, norms = [], []
     for number, (stage, offload) in enumerate(stages):
         settings = Engine(batch_size=BATCH, precision=precision, zero_stage=stage, offload_optimizer=offload)
+        settings.deepspeed = {"zero_optimization": {}}  # one process keeps its stage, too
         # Another seed: what comes from the checkpoint cannot have been there before.
         clip = CLIP(MODEL, IMAGE_SIZE, seed=number)
         trained = build(clip, settings, optimizer, world, torch.device("cpu"))

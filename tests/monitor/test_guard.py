@@ -137,5 +137,5 @@ def test_after_a_rewind_losses_are_compared_with_those_before_the_checkpoint() -
 def test_a_phase_begins_with_an_estimate_of_its_own() -> None:
     guard = guard_of([3.0] * 8)
     guard.judge(NAN, 1.0)
-    guard.forget()
+    guard.begin("another phase")
     assert guard.judge(9.0, 1.0) is None and guard.refused == 1

@@ -131,7 +131,10 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("optimizer.vision_layer_decay", 0.0, "optimizer.vision_layer_decay = 0.0: must be > 0 and <= 1"),
     ("optimizer.ema_decay", 1.0, "optimizer.ema_decay = 1.0: must be >= 0 and < 1"),
     ("guard.action", "ignore", 'guard.action = "ignore": expected one of skip, rewind, stop'),
-    ("guard.unequal_weights", "skip", 'guard.unequal_weights = "skip": expected one of stop, rewind; did you mean stop?'),
+    ("guard.unequal_weights", "no", 'guard.unequal_weights = "no": expected one of stop, rewind'),
+    ("run.copy_checkpoints_to", "runs", 'run.copy_checkpoints_to = "runs": must be a folder outside of the run\'s'),
+    ("engine.deepspeed", {"zero_optimization": {"offload_param": 1}}, "engine.deepspeed.zero_optimization."
+     "offload_param = 1: is not supported"),
     ("guard.watchdog_seconds", 1.0, "guard.watchdog_seconds = 1.0: must be >= 3"),
     ("engine.zero_stage", 4, "engine.zero_stage = 4: must be >= 0 and <= 3"),
     ("evaluation.every", "often", 'evaluation.every = "often": expected a number and a unit, such as "2000 steps"; '
