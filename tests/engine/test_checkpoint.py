@@ -95,8 +95,9 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pristine, tmp_path / "checkpoints")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_what_is_saved_comes_back_bit_by_bit(stage: int, tmp_path: Path) -> None:
+    # Not at stage 3, where DeepSpeed changes torch for the whole process; elastic_matrix.py does that.
     ours = new(seed=1, stage=stage)
     for number in range(2):
         step(ours, number)
