@@ -256,7 +256,7 @@ def test_bad_checkpoints_and_targets_are_named(
     )
     assert "is not an exported folder" in fault(str(run), out, "--verify-only")
     assert "Permission denied" in fault(str(run), "/proc/out") or "No such file" in fault(str(run), "/proc/out")
-    weights = checkpoint / "part-00000-of-00001.safetensors"
+    weights = checkpoint / "part-00000-of-00002.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     assert "the manifest says" in fault(str(checkpoint), out)
