@@ -254,7 +254,7 @@ def checkpoint_store(recipe: Recipe) -> Store:
 
 
 def rehearse(trained: Trained, recipe: Recipe, plan: Plan, step: int, world_size: int, monitor: Monitor) -> None:
-    """The dry run. It changes nothing but the peak memory that is logged."""
+    """The dry run. It changes nothing that training or the logged peak memory sees."""
     phases = [planned.phase for planned in plan.remaining(step)]
     largest = largest_batch(recipe, phases, recipe.engine.batch_size // world_size)
     seconds = dry_run(trained, recipe, largest)

@@ -158,26 +158,34 @@ def test_two_processes_under_deepspeed_give_the_same_digests_and_losses(
     assert ours_last["image_to_text_r10"] == pytest.approx(reference_last["image_to_text_r10"], abs=0.01)
 
 
+def two_processes_after(steps: int, overrides: list[str], run: Path, port: int) -> subprocess.Popen[str]:
+    """DeepSpeed's launcher in the background, in a session of its own, once so many steps have been logged."""
+    folder = Path(sys.executable).parent
+    launcher = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port)]
+    process = subprocess.Popen(
+        [*launcher, "cmpt/train.py", RECIPE, *overrides],
+        cwd=REPOSITORY,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    limit = time.monotonic() + 200
+    while time.monotonic() < limit and not ((run / "metrics.jsonl").exists() and len(rows(run)) >= steps):
+        time.sleep(0.01)
+    return process
+
+
 @pytest.mark.multiprocess
 def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(tmp_path: Path, free_port: int) -> None:
     """A terminal sends SIGINT to every process, and the launcher then SIGTERMs its ranks once more."""
-    folder = Path(sys.executable).parent
-    launcher = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port)]
-    command = [*launcher, "cmpt/train.py", RECIPE, *overrides(tmp_path, "run", "run.duration=3000 steps")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        [*command, "run.checkpoint_every=100000 steps"],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    run, limit = tmp_path / "run", time.monotonic() + 200
-    while time.monotonic() < limit and not ((run / "metrics.jsonl").exists() and len(rows(run)) >= 3):
-        time.sleep(0.01)
+    more = ["run.duration=3000 steps", "run.checkpoint_every=100000 steps"]
+    process = two_processes_after(3, overrides(tmp_path, "run", *more), tmp_path / "run", free_port)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=100) != 0
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    run = tmp_path / "run"
     assert [int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")] == [len(rows(run))]
 
 
@@ -312,21 +320,9 @@ def process_of_rank(rank: int, folder: Path) -> int:
 
 @pytest.mark.multiprocess
 def test_a_stopped_process_is_named_with_its_stack_and_the_run_ends(tmp_path: Path, free_port: int) -> None:
-    folder = Path(sys.executable).parent
-    launcher = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port)]
     more = ["run.duration=100000 steps", "run.log_every=1 steps", "guard.watchdog_seconds=8"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        [*launcher, "cmpt/train.py", RECIPE, *overrides(tmp_path, "run", *more)],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    run, limit = tmp_path / "run", time.monotonic() + 200
-    while time.monotonic() < limit and not ((run / "metrics.jsonl").exists() and len(rows(run)) >= 5):
-        time.sleep(0.05)
+    run = tmp_path / "run"
+    process = two_processes_after(5, overrides(tmp_path, "run", *more), run, free_port)
     os.kill(process_of_rank(1, tmp_path), signal.SIGSTOP)
     stopped = time.monotonic()
     _, told = process.communicate(timeout=100)

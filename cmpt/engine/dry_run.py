@@ -90,7 +90,7 @@ def memory_advice(recipe: Recipe, largest: LargestBatch) -> Iterator[None]:
             advice.append("model.activation_checkpointing=true")
         if dist.get_world_size() > 1 and recipe.engine.zero_stage < 3:
             advice.append(f"engine.zero_stage={recipe.engine.zero_stage + 1}")
-        advice += ["more processes, or a smaller engine.batch_size"]
+        advice.append("more processes, or a smaller engine.batch_size")
         raise OutOfMemoryError(
             f"too little memory for the largest batch of this recipe, {largest} per rank, {micro} at a time: "
             f"{told.rstrip('. ')}. Try, in this order: {'; '.join(advice)}"

@@ -117,12 +117,16 @@ def test_what_is_saved_comes_back_bit_by_bit(stage: int, tmp_path: Path) -> None
     assert [step(theirs, number) for number in range(2, 4)] == onward
 
 
-def test_a_checkpoint_is_what_it_was_when_save_returned(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Training goes on while it is written, and the buffers are used again for the next one."""
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written before it is set."""
     write, go = checkpoint.write_part, threading.Event()
     monkeypatch.setattr(checkpoint, "write_part", lambda *arguments: go.wait(60) and write(*arguments))
+    return go
+
+
+def test_a_checkpoint_is_what_it_was_when_save_returned(trained: Trained, tmp_path: Path, go: threading.Event) -> None:
+    """Training goes on while it is written, and the buffers are used again for the next one."""
     checkpoints = Checkpoints(Store(tmp_path, keep=9))
     expected = []
     for number in (1, 2):
@@ -139,10 +143,8 @@ def test_a_checkpoint_is_what_it_was_when_save_returned(
 
 
 def test_a_slow_disk_leaves_checkpoints_out_but_holds_nobody_up_and_the_last_one_waits(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, go: threading.Event
 ) -> None:
-    write, go = checkpoint.write_part, threading.Event()
-    monkeypatch.setattr(checkpoint, "write_part", lambda *arguments: go.wait(60) and write(*arguments))
     checkpoints = Checkpoints(Store(tmp_path, keep=9))
     for number in range(1, 6):  # nothing of step 1 is written while these steps are made
         step(trained, number)
