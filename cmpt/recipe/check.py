@@ -13,6 +13,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from cmpt.recipe.check_masking import masking_faults, text_masking_faults
 from cmpt.recipe.durations import parse_duration
 from cmpt.recipe.paths import is_local, resolve_path
 from cmpt.recipe.phases import PHASE_KEYS, apply_phase
@@ -59,9 +60,17 @@ RANGES = {
     "model.temperature_init": "> 0",
     "model.logit_scale_max": "> 0",
     "masking.ratio": ">= 0 and < 1",
+    "masking.ratio_end": ">= 0 and < 1",
     "masking.anchor_ratio": "> 0 and < 1",
+    "masking.anchor_ratio_end": "> 0 and < 1",
+    "masking.anchors": ">= 1",
     "masking.min_ratio": ">= 0 and < 1",
+    "masking.min_ratio_end": ">= 0 and < 1",
+    "masking.embedding_share": ">= 0 and <= 1",
+    "masking.embedding_share_end": ">= 0 and <= 1",
     "masking.threshold": ">= -1 and <= 1",  # a Pearson correlation
+    "text_masking.tokens": ">= 3",  # begin, one token, end
+    "text_masking.threshold": "> 0 and <= 1",
     "optimizer.lr": "> 0",
     "optimizer.min_lr": ">= 0",
     "optimizer.betas": ">= 0 and < 1",
@@ -85,7 +94,10 @@ RANGES = {
 CHOICES = {
     "tokenizer.kind": ("sentencepiece", "clip_bpe"),
     "data.caption_extension": ("txt", "json"),
-    "masking.strategy": ("cluster", "random", "none"),
+    "masking.strategy": ("cluster", "random", "centred", "block", "grid", "scores", "none"),
+    "masking.constant_patches": ("alike", "unlike"),
+    "masking.block": ("keep", "drop"),
+    "text_masking.strategy": ("none", "truncate", "random", "block", "frequency"),
     "model.vision.pooling": ("class_token", "average"),
     "model.text.pooling": ("eos", "argmax"),
     "loss.kind": ("infonce", "sigmoid"),
@@ -162,10 +174,9 @@ class _Checker:
             if (only is None or key in only) and _get(recipe, key) not in choices:
                 self.fault(rename(key), _get(recipe, key), nearest_choice(_get(recipe, key), choices))
         self.duration(rename("optimizer.warmup"), recipe.optimizer.warmup, zero_allowed=True)
-        masking, image, optimizer, patch = recipe.masking, recipe.image, recipe.optimizer, recipe.model.patch_size
-        if masking.strategy == "cluster":
-            constraint = f"must be <= masking.ratio = {masking.ratio}"
-            self.require(masking.min_ratio <= masking.ratio, rename("masking.min_ratio"), masking.min_ratio, constraint)
+        image, optimizer, patch = recipe.image, recipe.optimizer, recipe.model.patch_size
+        for key, value, constraint in (*masking_faults(recipe), *text_masking_faults(recipe)):
+            self.fault(rename(key), value, constraint)
         if patch and image.size > 0:
             constraint = f"must be a multiple of model.patch_size = {patch}"
             self.require(image.size % patch == 0, rename("image.size"), image.size, constraint)
@@ -206,8 +217,7 @@ class _Checker:
             unique = not phase.name or phase.name not in names
             self.require(unique, f"{key}.name", phase.name, "must differ from the names of the other phases")
             names.add(phase.name)
-            masking, image, optimizer = apply_phase(self.recipe, phase, f"{key}.set", self.fault)
-            in_phase = replace(self.recipe, masking=masking, image=image, optimizer=optimizer)
+            in_phase = replace(self.recipe, **apply_phase(self.recipe, phase, f"{key}.set", self.fault))
             prefixes = {name: f"{key}.set.{name}" for name in phase.set}
             self.scope = f' in phase "{phase.name or index + 1}"'
             self.fields(in_phase, lambda name, prefixes=prefixes: prefixes.get(name, name), PHASE_KEYS)  # type: ignore[misc]

@@ -91,8 +91,13 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """A hash over everything that decides the mathematics of the run, so not over NOT_IDENTITY."""
-    return hashlib.sha256(json.dumps(_identity(recipe), sort_keys=True).encode()).hexdigest()[:16]
+    """A hash over everything that decides the mathematics of the run, so not over NOT_IDENTITY.
+
+    Values that are the schema's defaults do not count, so that a release with more fields still resumes older runs.
+    """
+    defaults = flat(plain(Recipe()))
+    given = {key: leaf for key, leaf in _identity(recipe).items() if key not in defaults or leaf != defaults[key]}
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

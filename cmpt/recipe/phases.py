@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmpt.recipe.durations import Duration, parse_duration
-from cmpt.recipe.schema import Image, Masking, Optimizer, Phase, Recipe
+from cmpt.recipe.schema import Image, Masking, Optimizer, Phase, Recipe, TextMasking
 from cmpt.recipe.typed import RecipeError, Report, convert, fault_line, field_types, nearest_key
 
 PHASE_KEYS = (
     *(f"masking.{name}" for name in field_types(Masking)),
+    *(f"text_masking.{name}" for name in field_types(TextMasking)),
     "image.size",
     "image.crop_scale",
     "optimizer.lr",
     "optimizer.min_lr",
     "optimizer.warmup",
 )
-_SECTIONS = {"masking": Masking, "image": Image, "optimizer": Optimizer}
-_ALLOWED = "masking.*, image.size, image.crop_scale, optimizer.lr, optimizer.min_lr and optimizer.warmup"
+_SECTIONS = {"masking": Masking, "text_masking": TextMasking, "image": Image, "optimizer": Optimizer}
+_ALLOWED = (
+    "masking.*, text_masking.*, image.size, image.crop_scale, optimizer.lr, optimizer.min_lr and optimizer.warmup"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ResolvedPhase:
     name: str
     duration: Duration
     masking: Masking
+    text_masking: TextMasking
     image: Image
     optimizer: Optimizer
 
@@ -49,25 +53,25 @@ def phases(recipe: Recipe) -> list[ResolvedPhase]:
     resolved = []
     listed = recipe.phases or [Phase(name="main", duration=recipe.run.duration or "")]
     for index, phase in enumerate(listed):
-        masking, image, optimizer = apply_phase(recipe, phase, f"phases.{index}.set", report)
+        sections = apply_phase(recipe, phase, f"phases.{index}.set", report)
         try:
             duration = parse_duration(phase.duration)
         except ValueError as error:
             report(f"phases.{index}.duration" if recipe.phases else "run.duration", phase.duration, str(error))
             continue
-        resolved.append(ResolvedPhase(phase.name or f"phase {index + 1}", duration, masking, image, optimizer))
+        resolved.append(ResolvedPhase(phase.name or f"phase {index + 1}", duration, **sections))
     if faults:
         raise RecipeError(faults)
     return resolved
 
 
-def apply_phase(recipe: Recipe, phase: Phase, key: str, report: Report) -> tuple[Masking, Image, Optimizer]:
-    """The three sections as they are during `phase`; faults of its `set`, whose dotted key is `key`, are reported."""
+def apply_phase(recipe: Recipe, phase: Phase, key: str, report: Report) -> dict[str, Any]:
+    """The sections by name as they are during `phase`; faults of its `set`, whose dotted key is `key`, are reported."""
     sections = {name: deepcopy(getattr(recipe, name)) for name in _SECTIONS}
     for name, value in convert_set(phase, key, report).items():
         section, _, field = name.partition(".")
         setattr(sections[section], field, value)
-    return sections["masking"], sections["image"], sections["optimizer"]
+    return sections
 
 
 def convert_set(phase: Phase, key: str, report: Report) -> dict[str, Any]:

@@ -160,16 +160,61 @@ class Model:
 
 @dataclass
 class Masking:
+    """Which patches of an image are hidden. A field with a twin `..._end` moves linearly from the one to the other over
+    the phase; with null there it stays."""
+
     strategy: str = "cluster"
-    """"cluster" (arXiv 2405.08815), "random" (FLIP, arXiv 2212.00794) or "none"."""
+    """"cluster" (arXiv 2405.08815); "random" (FLIP, arXiv 2212.00794); "centred" (GLIP, arXiv 2403.15837); "block": a
+    contiguous rectangle; "grid": one patch of every 2 x 2 stays (both CLIPA, arXiv 2305.07017); "scores": those stay
+    that a function of your own scores highest; "none". Smaller images instead of masks (RECLIP, arXiv 2304.06028) are
+    phases with an `image.size`."""
     ratio: float = 0.5
-    """Share of patches to hide: exact per image for "random", the global mean for "cluster"."""
+    """Share of patches to hide: the global mean for "cluster", exact per image for the others; "grid": 0.75."""
+    ratio_end: float | None = None
     anchor_ratio: float = 0.03
     """cluster: anchors per image as a share of its patches (paper: under 5 %); at least one."""
+    anchor_ratio_end: float | None = None
+    anchors: int | None = None
+    """cluster: anchors per image as a number, instead of `anchor_ratio`; null: the share decides."""
     min_ratio: float = 0.3
     """cluster: β, the least share that is hidden of every image, topped up by uniform random drops; <= ratio."""
+    min_ratio_end: float | None = None
     threshold: float | None = None
     """cluster: a fixed similarity threshold; null: the controller holds the mean ratio at `ratio`."""
+    embedding_share: float = 0.0
+    """cluster: α, the share of the patch embeddings' cosine in the similarity; the rest is that of the pixels (paper,
+    section 3.3). The paper's embedding variant: 0 with `embedding_share_end: 1`."""
+    embedding_share_end: float | None = None
+    embedding_positions: bool = False
+    """cluster: the embeddings are compared with their position embedding added."""
+    normalise_patches: bool = True
+    """cluster: pixels of a patch are compared less their mean (Pearson correlation); false: the cosine of the
+    CLIP-normalised pixels, in which brightness counts (the paper's ablation)."""
+    constant_patches: str = "alike"
+    """cluster: patches of one value, which have no direction to compare, are "alike": similar to each other (1) and to
+    nothing else (0); or "unlike": similar to nothing. Plain white is such a patch only where `image.mean` and
+    `image.std` are the same for all channels; with CLIP's, plain patches compare by their colour."""
+    block: str = "keep"
+    """block: whether the rectangle is what is kept, or what is dropped ("drop")."""
+    scores: str | None = None
+    """scores: the function as "module:name", called with images_BCHW (uint8), the patch size and ordinal_B (int64);
+    returns a score per patch, [B, L]. Of every image the highest L * (1 - ratio) stay."""
+
+
+@dataclass
+class TextMasking:
+    """Which tokens of a training caption are left out; captions that are short enough stay whole."""
+
+    strategy: str = "none"
+    """"truncate": the first ones stay; "random"; "block": a contiguous run (CLIPA, arXiv 2305.07017); "frequency": rare
+    words are likelier to stay (CLIPF, arXiv 2412.16148); what stays keeps its order. "none": only the context length
+    cuts."""
+    tokens: int | None = None
+    """Captions keep at most this many tokens, begin and end of text included; <= model.context_length."""
+    frequencies: str | None = None
+    """frequency: the table of words that `tools/count_words.py` writes."""
+    threshold: float = 1e-6
+    """frequency: t. A word of relative frequency f loses max(0, 1 - sqrt(t / f)) of its rank (CLIPF, section 3)."""
 
 
 @dataclass
@@ -274,8 +319,8 @@ class Phase:
     duration: str = ""
     """How long this phase lasts; warm-up and cosine are those of the phase."""
     set: dict[str, Any] = field(default_factory=dict)
-    """Dotted overrides that hold during the phase; only masking.*, image.size, image.crop_scale, optimizer.lr,
-    optimizer.min_lr, optimizer.warmup."""
+    """Dotted overrides that hold during the phase; only masking.*, text_masking.*, image.size, image.crop_scale,
+    optimizer.lr, optimizer.min_lr, optimizer.warmup."""
 
 
 @dataclass
@@ -286,6 +331,7 @@ class Recipe:
     image: Image = field(default_factory=Image)
     model: Model = field(default_factory=Model)
     masking: Masking = field(default_factory=Masking)
+    text_masking: TextMasking = field(default_factory=TextMasking)
     optimizer: Optimizer = field(default_factory=Optimizer)
     loss: Loss = field(default_factory=Loss)
     engine: Engine = field(default_factory=Engine)

@@ -10,8 +10,24 @@ import pytest
 
 from cmpt.recipe import check_recipe, load_recipe
 from cmpt.recipe.check import CHOICES, RANGES
-from cmpt.recipe.schema import Data, Engine, Image, Model, Phase, Recipe, Run, Source, Text, Tokenizer, Vision
+from cmpt.recipe.schema import (
+    Data,
+    Engine,
+    Image,
+    Masking,
+    Model,
+    Phase,
+    Recipe,
+    Run,
+    Source,
+    Text,
+    TextMasking,
+    Tokenizer,
+    Vision,
+)
 from cmpt.recipe.typed import flat, plain
+
+STRATEGIES = "cluster, random, centred, block, grid, scores, none"
 
 
 @pytest.fixture
@@ -93,8 +109,16 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("model.temperature_init", 0.001, "model.temperature_init = 0.001: 1 / this must be <= "
      "model.logit_scale_max = 100.0"),
     ("model.temperature_init", 0.0, "model.temperature_init = 0.0: must be > 0"),
-    ("masking.strategy", "clustr", 'masking.strategy = "clustr": expected one of cluster, random, none; did you mean '
-     "cluster?"),
+    ("masking.strategy", "clustr", f'masking.strategy = "clustr": expected one of {STRATEGIES}; did you mean cluster?'),
+    ("masking.ratio_end", 0.2, "masking.min_ratio = 0.3: must be <= masking.ratio_end = 0.2"),
+    ("masking.min_ratio_end", 0.6, "masking.min_ratio_end = 0.6: must be <= masking.ratio = 0.5"),
+    ("masking.anchors", 0, "masking.anchors = 0: must be >= 1"),
+    ("masking.embedding_share_end", 1.5, "masking.embedding_share_end = 1.5: must be >= 0 and <= 1"),
+    ("masking.constant_patches", "same", 'masking.constant_patches = "same": expected one of alike, unlike'),
+    ("masking.scores", "a:b", 'masking.scores = "a:b": must be null with masking.strategy = "cluster"'),
+    ("text_masking.strategy", "random", 'text_masking.tokens = null: must be given with '
+     'text_masking.strategy = "random"'),
+    ("text_masking.tokens", 8, 'text_masking.tokens = 8: must be null with text_masking.strategy = "none"'),
     ("masking.ratio", 0.2, "masking.min_ratio = 0.3: must be <= masking.ratio = 0.2"),
     ("masking.ratio", 1.0, "masking.ratio = 1.0: must be >= 0 and < 1"),
     ("masking.anchor_ratio", 0.0, "masking.anchor_ratio = 0.0: must be > 0 and < 1"),
@@ -219,18 +243,70 @@ def test_phases_are_checked_as_they_run(recipe: Recipe) -> None:
     ]
     assert check_recipe(recipe) == [
         'phases.0.set.optimizer.lr = -1.0: must be > 0 in phase "a"',
-        'phases.0.set.masking.strategy = "clustr": expected one of cluster, random, none; did you mean cluster? '
-        'in phase "a"',
+        f'phases.0.set.masking.strategy = "clustr": expected one of {STRATEGIES}; did you mean cluster? in phase "a"',
         'phases.0.set.image.size = 36: must be a multiple of model.patch_size = 8 in phase "a"',
         'optimizer.min_lr = 0.0: must be <= optimizer.lr = -1.0 in phase "a"',
         'phases.1.duration = "0 steps": must be above 0',
         'masking.min_ratio = 0.3: must be <= masking.ratio = 0.1 in phase "b"',
         'phases.2.name = "b": must differ from the names of the other phases',
-        "phases.2.set.image.flip = true: a phase sets only masking.*, image.size, image.crop_scale, optimizer.lr, "
-        "optimizer.min_lr and optimizer.warmup",
+        "phases.2.set.image.flip = true: a phase sets only masking.*, text_masking.*, image.size, image.crop_scale, "
+        "optimizer.lr, optimizer.min_lr and optimizer.warmup",
         'phases.2.set.optimizer.warmup = "x": expected a number and a unit, such as "2000 steps"; units are "epochs", '
         '"steps" or "samples" in phase "b"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("masking", "fault"),
+    [
+        (
+            {"anchors": 36},
+            "masking.anchors = 36: must be < 36, the patches of an image of 48 pixels",
+        ),
+        (
+            {"anchors": 4, "anchor_ratio_end": 0.1},
+            "masking.anchor_ratio_end = 0.1: must be null where masking.anchors is given",
+        ),
+        (
+            {"strategy": "grid"},
+            'masking.ratio = 0.5: must be 0.75 with masking.strategy = "grid": one patch of four stays',
+        ),
+        (
+            {"strategy": "scores"},
+            'masking.scores = null: must name a function as "module:name" with masking.strategy = "scores"',
+        ),
+        (
+            {"strategy": "scores", "scores": "saliency.py"},
+            'masking.scores = "saliency.py": must name a function as "module:name" with masking.strategy = "scores"',
+        ),
+    ],
+)
+def test_what_does_not_fit_a_masking_strategy_gives_one_line(
+    recipe: Recipe, masking: dict[str, Any], fault: str
+) -> None:
+    recipe.image.size = 48
+    recipe.masking = Masking(**masking)
+    assert check_recipe(recipe) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ({"strategy": "random", "tokens": 99}, "text_masking.tokens = 99: must be <= model.context_length = 77"),
+        (
+            {"strategy": "frequency", "tokens": 8},
+            "text_masking.frequencies = null: must name the table that tools/count_words.py writes, "
+            'with text_masking.strategy = "frequency"',
+        ),
+        (
+            {"strategy": "frequency", "tokens": 8, "frequencies": "/no/such"},
+            'text_masking.frequencies = "/no/such": no such file',
+        ),
+    ],
+)
+def test_what_does_not_fit_a_text_masking_gives_one_line(recipe: Recipe, text: dict[str, Any], fault: str) -> None:
+    recipe.text_masking = TextMasking(**text)
+    assert check_recipe(recipe) == [fault]
 
 
 def test_a_fault_of_the_whole_recipe_is_not_told_again_for_each_phase(recipe: Recipe) -> None:

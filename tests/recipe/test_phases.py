@@ -8,7 +8,10 @@ import pytest
 from cmpt.recipe import Duration, RecipeError, load_recipe, phases
 from cmpt.recipe.schema import Image, Masking, Optimizer, Phase, Recipe, Run
 
-ONLY = "a phase sets only masking.*, image.size, image.crop_scale, optimizer.lr, optimizer.min_lr and optimizer.warmup"
+ONLY = (
+    "a phase sets only masking.*, text_masking.*, image.size, image.crop_scale, optimizer.lr, optimizer.min_lr and "
+    "optimizer.warmup"
+)
 
 
 def faults_of(*listed: Phase) -> list[str]:
