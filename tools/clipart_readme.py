@@ -37,6 +37,7 @@ other. Distances are those of 32 x 32 colour thumbnails, relative to their ink
     python tools/prepare_clipart.py --out cmpt/data/clipart --work /tmp/clipart
     python tools/train_tokenizer.py 'cmpt/data/clipart/train-{{0000..{last}}}.tar' \\
         --out cmpt/data/clipart/tokenizer.model --vocab-size 3584
+    python tools/count_words.py recipes/quickstart.yaml --output cmpt/data/clipart/word_counts.json
     python tools/prepare_clipart.py --out cmpt/data/clipart --checksums-only
 
 The same packages give the same bytes: two runs with Pillow 13.0.0 did. Another JPEG encoder gives
@@ -45,7 +46,8 @@ equivalent pictures in other bytes. The files here were made with Pillow {pillow
 that the total error is least for the size of the whole (`clipart_images.choose_jpegs`).
 
 The tokenizer, `tokenizer.model`, is a sentencepiece unigram model of 3584 pieces, not far below
-the most that these captions support.
+the most that these captions support. `word_counts.json` says how often each word of the training
+captions occurs, for text masking by frequency.
 
 ## What was removed
 
@@ -92,7 +94,7 @@ def write_checksums(folder: Path) -> None:
     """Put the sha256 of every file in `folder` at the end of its README.md."""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8").split(_CHECKSUMS_TITLE)[0].rstrip()
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".model"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".model", ".json"))
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in files]
     sums = "\n".join(f"    {line}" for line in lines)
     readme.write_text(f"{text}\n\n{_CHECKSUMS_TITLE}\n\n{sums}\n")

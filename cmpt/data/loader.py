@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from cmpt.data.decode import crop_draws, train_pixels
 from cmpt.data.samples import Sample, read_sample, sample_key
 from cmpt.data.shards import Shard, ShardReader
 from cmpt.data.streams import Candidate, LoaderState, Position, SourceOrder, draw_sources, owned_streams
+from cmpt.data.text_masking import TextMask
 from cmpt.data.tokenizer import Tokenizer, pack_captions
 from cmpt.data.validate import DataError, UnusableError
 from cmpt.ops.random import Purpose, uniform
@@ -84,11 +85,12 @@ class Loader:
         batch_size: int,
         rank: int,
         world_size: int,
+        text_masking: schema.TextMasking | None = None,
     ) -> None:
         """`shards`: per source of data.train, from `open_shards`. `batch_size`: global, in samples.
-        `context_length` must be the tokenizer's.
+        `context_length` must be the tokenizer's. `text_masking`: null for none.
 
-        Raises ValueError where sizes do not divide.
+        Raises ValueError where sizes do not divide, DataError for a table of words that cannot be used.
         """
         if not data.train:
             raise ValueError("data.train must name at least one source, got none")
@@ -107,6 +109,9 @@ class Loader:
             SourceOrder(seed, number, [shard.count for shard in source], data.streams)
             for number, source in enumerate(shards)
         ]
+        self._text_masks: dict[tuple[object, ...], TextMask] = {}
+        self._text_masking = text_masking or schema.TextMasking()
+        self.text_mask(self._text_masking)
         # A stream is in one shard of each source at a time.
         self._reader = ShardReader(capacity=len(self._streams) * len(shards) + 2)
         self.samples_per_epoch = sum(order.samples for order in self._orders)
@@ -119,8 +124,21 @@ class Loader:
         """The beginning of the run, for this rank's streams."""
         return LoaderState.initial(self._streams, len(self._orders))
 
-    def batches(self, state: LoaderState, image: schema.Image | None = None) -> Generator[Item, None, None]:
-        """Yields (batch, state behind it) for ever, from `state` on; `image` where a phase changes it.
+    def text_mask(self, settings: schema.TextMasking) -> TextMask:
+        """The text masking of these settings, built once. Raises DataError for a table that cannot be used."""
+        key = astuple(settings)
+        if key not in self._text_masks:
+            self._text_masks[key] = TextMask(settings, self._tokenizer, self._seed)
+        return self._text_masks[key]
+
+    def batches(
+        self,
+        state: LoaderState,
+        image: schema.Image | None = None,
+        text_masking: schema.TextMasking | None = None,
+    ) -> Generator[Item, None, None]:
+        """Yields (batch, state behind it) for ever, from `state` on; `image` and `text_masking` where a phase changes
+        them.
 
         Closing the iterator, or an error on either side, ends all threads. What a worker raises is raised here.
         """
@@ -132,14 +150,14 @@ class Loader:
         sources = {len(cursor) for cursor in state.cursors.values()}
         if sources != {len(self._orders)}:
             raise ValueError(f"data.train has {len(self._orders)} sources, the loader state is of {max(sources)}")
-        return self._consume(state, image or self._image)
+        return self._consume(state, image or self._image, self.text_mask(text_masking or self._text_masking))
 
-    def _consume(self, state: LoaderState, image: schema.Image) -> Generator[Item, None, None]:
+    def _consume(self, state: LoaderState, image: schema.Image, text_mask: TextMask) -> Generator[Item, None, None]:
         finished: queue.Queue[Item | BaseException] = queue.Queue(maxsize=max(1, self._data.prefetch_batches))
         stop = threading.Event()
         # A daemon, so that an error which leaves the iterator unclosed cannot keep the process from ending.
         producer = threading.Thread(
-            target=self._produce, args=(state, image, finished, stop), name="cmpt-producer", daemon=True
+            target=self._produce, args=(state, image, text_mask, finished, stop), name="cmpt-producer", daemon=True
         )
         producer.start()
         try:
@@ -158,6 +176,7 @@ class Loader:
         self,
         state: LoaderState,
         image: schema.Image,
+        text_mask: TextMask,
         finished: queue.Queue[Item | BaseException],
         stop: threading.Event,
     ) -> None:
@@ -171,7 +190,7 @@ class Loader:
                     ]
                     for stream in self._streams
                 }
-                decode = partial(_Decoding, pool, self._data.workers, image, self._tokenizer, self._seed)
+                decode = partial(_Decoding, pool, self._data.workers, image, text_mask, self._seed)
                 decoding: _Decoding | None = None
                 while not stop.is_set():
                     ordinal_B, streams = self._read(pool, state, candidates)
@@ -255,7 +274,7 @@ class _Decoding:
         pool: ThreadPoolExecutor,
         workers: int,
         image: schema.Image,
-        tokenizer: Tokenizer,
+        text_mask: TextMask,
         seed: int,
         streams: list[_StreamRows],
         ordinal_B: NDArray[np.int64],
@@ -263,8 +282,9 @@ class _Decoding:
     ) -> None:
         self._streams, self._ordinal_B, self._state = streams, ordinal_B, state
         self._rows = [row for stream in streams for row in stream.rows]
-        self._image, self._tokenizer = image, tokenizer
+        self._image, self._text_mask = image, text_mask
         self._draws_BK = crop_draws(seed, ordinal_B)
+        self._text_draws_BK = text_mask.draws(ordinal_B)
         batch_size = len(self._rows)
         self._pixels_BCHW = np.empty((batch_size, 3, image.size, image.size), dtype=np.uint8)
         self._ids: list[list[int]] = [[]] * batch_size
@@ -278,7 +298,7 @@ class _Decoding:
     def _decode(self, rows: range) -> None:
         for b in rows:
             sample = self._rows[b].sample
-            self._ids[b] = self._tokenizer.encode(self._rows[b].caption)
+            self._ids[b] = self._text_mask(self._rows[b].caption, int(self._ordinal_B[b]), self._text_draws_BK[b])
             try:
                 self._pixels_BCHW[b] = train_pixels(sample.image, sample.header, self._draws_BK[b], self._image)
             except UnusableError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from cmpt.data.captions import captions_from_json, captions_from_text, read_json
 from cmpt.data.shards import Members, Shard, ShardReader
@@ -26,6 +25,17 @@ def sample_key(shard: Shard, members: Members) -> str:
     return f"{shard.name}/{members.key}"
 
 
+def read_captions(reader: ShardReader, shard: Shard, members: Members, data: schema.Data) -> list[str]:
+    """The captions of a sample, at least one, none empty. Raises `UnusableError`."""
+    extents = members.extents
+    if data.caption_extension not in extents:
+        raise UnusableError(Cause.MISSING_CAPTION, f"members: {', '.join(extents)}")
+    content = reader.read(shard, extents[data.caption_extension])
+    if data.caption_extension == "json":
+        return captions_from_json(read_json(content), data.caption_field)
+    return captions_from_text(content)
+
+
 def read_sample(
     reader: ShardReader, shard: Shard, members: Members, data: schema.Data, with_category: bool = False
 ) -> Sample:
@@ -34,17 +44,11 @@ def read_sample(
     extension = next((name for name in data.image_extensions if name in extents), None)
     if extension is None:
         raise UnusableError(Cause.MISSING_IMAGE, f"members: {', '.join(extents)}")
-    if data.caption_extension not in extents:
-        raise UnusableError(Cause.MISSING_CAPTION, f"members: {', '.join(extents)}")
-    content: dict[str, Any] = {}
-    if data.caption_extension == "json" or (with_category and data.category_field and "json" in extents):
-        content = read_json(reader.read(shard, extents["json"]))
-    if data.caption_extension == "json":
-        captions = captions_from_json(content, data.caption_field)
-    else:
-        captions = captions_from_text(reader.read(shard, extents[data.caption_extension]))
+    captions = read_captions(reader, shard, members, data)
+    category = None
+    if with_category and data.category_field and "json" in extents:
+        category = read_json(reader.read(shard, extents["json"])).get(data.category_field)
     image = reader.read(shard, extents[extension])
-    category = content.get(data.category_field) if with_category and data.category_field else None
     return Sample(
         key=sample_key(shard, members),
         image=image,

@@ -29,14 +29,19 @@ class Tokenizer(ABC):
     context_length: int  # most ids of a caption, end-of-text included
     vocab_size: int
     eot_id: int
+    begin: tuple[int, ...] = ()  # the begin token, if the kind has one
 
     def encode(self, text: str) -> list[int]:
         """Ids of one caption: the begin token if the kind has one, the text, end-of-text last; cut before it."""
-        return [*self._encode_text(text)[: self.context_length - 1], self.eot_id]
+        return self.framed(self.text_ids(text))
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text as those of a caption: begin and end-of-text around them, cut to the context length."""
+        return [*self.begin, *ids][: self.context_length - 1] + [self.eot_id]
 
     @abstractmethod
-    def _encode_text(self, text: str) -> list[int]:
-        """Begin token (if any) and text, uncut, without end-of-text."""
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of the text alone, uncut."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -86,7 +91,7 @@ class SentencepieceTokenizer(Tokenizer):
         if self.eot_id < 0:
             raise DataError(f"tokenizer.path: {path} has no eos piece, which is needed as end-of-text")
 
-    def _encode_text(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
         return self._processor.encode(clean_text(text), out_type=int)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -154,16 +159,17 @@ class ClipTokenizer(Tokenizer):
         )
         self._pieces = pieces
         self._byte_of_letter = {letter: byte for byte, letter in _bytes_to_letters().items()}
-        self._begin_id = len(pieces)
+        self._specials_from = len(pieces)
+        self.begin = (len(pieces),)
         self.context_length = context_length
         self.vocab_size = len(pieces) + 2
         self.eot_id = len(pieces) + 1
 
-    def _encode_text(self, text: str) -> list[int]:
-        return [self._begin_id, *self._bpe.encode(clean_text(text).lower()).ids]
+    def text_ids(self, text: str) -> list[int]:
+        return self._bpe.encode(clean_text(text).lower()).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        letters = "".join(self._pieces[token] for token in ids if token < self._begin_id)
+        letters = "".join(self._pieces[token] for token in ids if token < self._specials_from)
         words = letters.split(_END_OF_WORD)
         return " ".join(bytes(map(self._byte_of_letter.__getitem__, word)).decode("utf-8", "replace") for word in words)
 

@@ -41,12 +41,14 @@ class LargestBatch:
 
 
 def largest_batch(recipe: Recipe, phases: list[ResolvedPhase], pairs: int) -> LargestBatch:
-    """Of the phase with the most kept patches."""
+    """Of the phase with the most kept patches, and of that with the longest captions."""
     patch = recipe.model.patch_size
     assert patch
     sides = [(phase, phase.image.size // patch) for phase in phases]
     kept, side = max((most_kept(phase.masking, side * side), side) for phase, side in sides)
-    return LargestBatch(pairs, (side, side), kept, recipe.model.context_length)
+    context = recipe.model.context_length
+    words = max(min(context, phase.text_masking.tokens or context) for phase in phases)
+    return LargestBatch(pairs, (side, side), kept, words)
 
 
 def dry_run(trained: Trained, recipe: Recipe, largest: LargestBatch) -> float:

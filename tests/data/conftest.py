@@ -61,6 +61,7 @@ def make_loader(settings: schema.Data, tokenizer: Tokenizer) -> LoaderMaker:
         world_size: int = 1,
         seed: int = 3,
         image: schema.Image | None = None,
+        text_masking: schema.TextMasking | None = None,
     ) -> Loader:
         weights = weights or (1.0,) * len(patterns)
         settings.train = [schema.Source([urls], weight) for urls, weight in zip(patterns, weights, strict=True)]
@@ -74,6 +75,7 @@ def make_loader(settings: schema.Data, tokenizer: Tokenizer) -> LoaderMaker:
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
+            text_masking=text_masking,
         )
 
     return make

@@ -9,7 +9,7 @@ from conftest import RunCli
 from cmpt.engine.dry_run import LargestBatch, OutOfMemoryError, largest_batch, memory_advice
 from cmpt.masking.strategies import MaskStage, most_kept
 from cmpt.recipe import phases
-from cmpt.recipe.schema import Engine, Image, Masking, Model, Phase, Recipe, Run
+from cmpt.recipe.schema import Engine, Image, Masking, Model, Phase, Recipe, Run, TextMasking
 
 SCRIPT = "tests/engine/guard_matrix.py"
 LARGEST = LargestBatch(pairs=64, grid=(4, 4), kept=11, words=32)
@@ -31,21 +31,31 @@ def most_seen(masking: Masking, side: int) -> int:
         Masking(strategy="random", ratio=0.5),
         Masking(strategy="random", ratio=0.75),
         Masking(strategy="random", ratio=0.99),
+        Masking(strategy="centred", ratio=0.6),
+        Masking(strategy="block", ratio=0.6),
+        Masking(strategy="block", ratio=0.6, block="drop"),
+        Masking(strategy="grid", ratio=0.75),
         Masking(strategy="cluster", ratio=0.5, min_ratio=0.3),
         Masking(strategy="cluster", ratio=0.7, min_ratio=0.7),
         Masking(strategy="cluster", threshold=0.99, min_ratio=0.2),
         Masking(strategy="cluster", threshold=0.99, min_ratio=0.99),
     ],
-    ids=lambda masking: f"{masking.strategy}-{masking.ratio}-{masking.min_ratio}-{masking.threshold}",
+    ids=lambda masking: f"{masking.strategy}-{masking.ratio}-{masking.min_ratio}-{masking.threshold}-{masking.block}",
 )
 def test_the_most_that_a_strategy_can_keep_is_what_masks_of_images_reach(masking: Masking, side: int) -> None:
     assert most_seen(masking, side) == most_kept(masking, side * side)
 
 
 @pytest.mark.parametrize("side", [3, 7])
-def test_with_few_drops_the_anchors_are_hidden_still_and_the_estimate_is_an_upper_bound(side: int) -> None:
+def test_with_few_drops_the_anchors_are_hidden_still(side: int) -> None:
     masking = Masking(strategy="cluster", threshold=0.99, min_ratio=0.0, anchor_ratio=0.1)
-    assert most_seen(masking, side) == side * side - max(1, int(0.1 * side * side)) < most_kept(masking, side * side)
+    anchors = max(1, int(0.1 * side * side))
+    assert most_seen(masking, side) == side * side - anchors == most_kept(masking, side * side)
+
+
+def test_a_schedule_counts_where_it_hides_least() -> None:
+    assert most_kept(Masking(min_ratio=0.5, min_ratio_end=0.2, ratio=0.5), 100) == 80
+    assert most_kept(Masking(strategy="centred", ratio=0.5, ratio_end=0.25), 100) == 75
 
 
 def test_the_dry_run_is_as_large_as_the_largest_phase_that_is_left() -> None:
@@ -64,6 +74,28 @@ def test_the_dry_run_is_as_large_as_the_largest_phase_that_is_left() -> None:
     assert largest_batch(recipe, [masked, large, whole], 64) == LargestBatch(64, (6, 6), 25, 32)
     assert largest_batch(recipe, [masked, whole], 64) == LargestBatch(64, (4, 4), 16, 32)
     assert largest_batch(recipe, [masked], 64) == LARGEST
+
+
+def test_the_captions_of_the_dry_run_are_the_longest_that_text_masking_leaves() -> None:
+    recipe = Recipe(
+        run=Run(duration=None),
+        model=Model(patch_size=8, context_length=32),
+        image=Image(size=32),
+        text_masking=TextMasking("random", 8),
+        phases=[
+            Phase(name="masked", duration="5 steps"),
+            Phase(name="longer", duration="2 steps", set={"text_masking.tokens": 12}),
+            Phase(
+                name="whole",
+                duration="2 steps",
+                set={"text_masking.strategy": "none", "text_masking.tokens": None},
+            ),
+        ],
+    )
+    masked, longer, whole = phases(recipe)
+    most = {len(left): largest_batch(recipe, left, 4).words for left in ([masked], [masked, longer])}
+    assert most == {1: 8, 2: 12}
+    assert largest_batch(recipe, [masked, longer, whole], 4).words == 32
 
 
 @pytest.mark.multiprocess

@@ -313,7 +313,8 @@ def pixels_of(sample: Shipped) -> np.ndarray:
 
 def test_shipped_files_are_complete_and_small() -> None:
     names = {path.name for path in CLIPART.iterdir()}
-    assert names == {"README.md", "tokenizer.model", "heldout-0000.tar", *(f"train-{n:04d}.tar" for n in range(8))}
+    shards = {"heldout-0000.tar", *(f"train-{n:04d}.tar" for n in range(8))}
+    assert names == {"README.md", "tokenizer.model", "word_counts.json"} | shards
     assert sum(path.stat().st_size for path in CLIPART.iterdir()) <= LIMIT_BYTES
 
 
