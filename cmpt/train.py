@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ from cmpt.engine.build import Trained, build
 from cmpt.engine.checkpoint import Checkpoints, TrainState
 from cmpt.engine.counts import count_step
 from cmpt.engine.dry_run import OutOfMemoryError, dry_run, largest_batch
+from cmpt.engine.embedder import patch_embedder
 from cmpt.engine.equal_weights import unequal_weights
+from cmpt.engine.feed import Feed
 from cmpt.engine.manifest import CheckpointError
 from cmpt.engine.plan import Plan
 from cmpt.engine.run_folder import conflict, prepare, run_folder
@@ -62,7 +65,7 @@ from cmpt.monitor.pictures import mask_grid, query_grid
 from cmpt.monitor.report import write_report
 from cmpt.monitor.watchdog import Watchdog, WatchdogError
 from cmpt.ops.attention import attention_backend
-from cmpt.recipe import RecipeError, check_recipe, load_recipe, recipe_fingerprint
+from cmpt.recipe import RecipeError, check_recipe, load_recipe, phases, recipe_fingerprint
 from cmpt.recipe.schema import Recipe
 from cmpt.remedies import Remedies
 
@@ -171,23 +174,27 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
         stop_signal = 0
         for planned in plan.remaining(state.step):
             phase = planned.phase
-            mask = MaskStage(phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks)
+            embed = patch_embedder(trained, phase.masking.embedding_positions)
+            mask = MaskStage(
+                phase.masking, phase.image, patch_size, recipe.run.seed, sum_over_ranks, embed, clip.compute_dtype
+            )
             if state.step > planned.first_step:
                 mask.load_state(state.masking)
             guard.begin(phase.name)
             watch.begin_phase()
             watch.at("data", state.step, patient=True)
-            with closing(loader.batches(position, phase.image)) as batches:
-                for batch, position in meters.waiting(batches):
+            with closing(loader.batches(position, phase.image, phase.text_masking)) as batches:
+                came = partial(watch.at, "mask")
+                feed = Feed(meters.waiting(batches), mask, planned, state.step, device, came)
+                for batch, position, masked in feed:
                     traffic.take()  # what evaluations moved is no step's
                     received = signals.received
-                    watch.at("mask", state.step)
-                    batch = batch.to(device)
-                    masked = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B)
                     part = checkpoints.progress()
                     counts = count_step(recipe.model, masked, batch, recipe.engine, received, part)
                     checkpoints.settle(counts.parts_written, counts.parts_failed)
                     mask.advance(counts.mask_ratio)
+                    watch.at("data ahead", state.step, least_s=_DATA_PATIENCE_S)
+                    feed.look_ahead()
                     watch.at("gradient", state.step)
                     valid_B = batch.valid_B if counts.holes else None
                     result = find_gradient(trained, masked.patches, batch.text, valid_B, recipe.loss, micro)
@@ -229,9 +236,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                         state.guard = guard.state()
                         meters.stalled(checkpoints.save(trained, state, last=ends))
                     report_checkpoints(checkpoints, monitor, meters)
-                    watch.at("data", state.step, least_s=_DATA_PATIENCE_S)
-                    if ends or state.step == planned.last_step:
+                    if ends:
                         break
+                    watch.at("data", state.step, least_s=_DATA_PATIENCE_S)
             if stop_signal or plan.ends(state.step):
                 break
         watch.at("last checkpoint", state.step, patient=True)
@@ -275,7 +282,7 @@ def report_checkpoints(checkpoints: Checkpoints, monitor: Monitor, meters: Meter
 
 
 def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int) -> Loader:
-    return Loader(
+    loader = Loader(
         recipe.data,
         recipe.image,
         shards=[open_shards(source.urls, recipe.data) for source in recipe.data.train],
@@ -285,7 +292,11 @@ def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: in
         batch_size=recipe.engine.batch_size,
         rank=rank,
         world_size=world_size,
+        text_masking=recipe.text_masking,
     )
+    for phase in phases(recipe) if recipe.phases else []:
+        loader.text_mask(phase.text_masking)  # a broken table ends the run now, not when its phase begins
+    return loader
 
 
 def build_suite(

@@ -22,6 +22,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ BATCH = 32
 WEIGHT = "text.transformer.blocks.1.c_fc.weight"
 FAULTS: dict[str, Any] = json.loads(sys.argv[1])
 now = 0  # the step that is on its way
-mask, find_gradient = MaskStage.__call__, program.find_gradient
+begin_mask, find_gradient = MaskStage.begin, program.find_gradient
 take_step, report_checkpoints, rehearse = program.take_step, program.report_checkpoints, program.rehearse
 
 
@@ -53,13 +54,13 @@ def on_last_rank() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
-def poisoned_mask(stage: MaskStage, images_BCHW: Tensor, ordinal_B: Tensor, valid_B: Tensor | None = None) -> Masked:
+def poisoned_mask(stage: MaskStage, images_BCHW: Tensor, ordinal_B: Tensor, *more: Any) -> Callable[[], Masked]:
     global now
     now = int(ordinal_B[0]) // BATCH + 1
-    masked = mask(stage, images_BCHW, ordinal_B, valid_B)
+    masked = begin_mask(stage, images_BCHW, ordinal_B, *more)()
     if strikes("nan") and on_last_rank():
         masked.patches.patches_TP[5, 7] = float("nan")
-    return masked
+    return lambda: masked
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def short_rehearsal(*args: Any) -> None:
 
 
 if __name__ == "__main__":
-    MaskStage.__call__ = poisoned_mask  # type: ignore[method-assign]
+    MaskStage.begin = poisoned_mask  # type: ignore[method-assign]
     program.find_gradient, program.take_step = poisoned_gradient, poisoned_step  # type: ignore[assignment]
     program.report_checkpoints = deadly_report
     if "memory" in FAULTS:

@@ -19,6 +19,10 @@ class PlannedPhase:
     warmup_samples: float
     batch_size: int
 
+    def progress(self, steps_done: int) -> float:
+        """Of the step that follows so many: 0 the phase's first, 1 its last."""
+        return (steps_done - self.first_step) / max(1, self.last_step - self.first_step - 1)
+
     def learning_rate(self, step: int) -> float:
         """Of the step that makes `step` steps done."""
         seen = (step - self.first_step) * self.batch_size

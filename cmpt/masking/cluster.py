@@ -10,44 +10,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmpt.recipe.schema import Masking
+
 DEVIATION_EPS = 1e-6
 ALWAYS_HIDDEN = 2.0  # above any cosine: an anchor is hidden at every threshold
+PLACE_BITS = 12  # a patch's place in the image, where random words of 32 bits need telling apart: at most 4,096 patches
 
 
-def normalise_patches(patches_BLP: Tensor) -> Tensor:
+def unit_patches(patches_BLP: Tensor, centred: bool = True) -> Tensor:
     """Each patch less its own scalar mean, divided by its own norm: float32 [B, L, P], unit length.
 
     The inner product of two such rows is their Pearson correlation: brightness is removed, chroma offsets are kept.
-    A patch of one constant value becomes the zero vector, similar to nothing (see `nearest_anchor_similarity`).
+    Not `centred`, the mean stays in and the inner product is the cosine (the ablation of section 4.4). A patch that has
+    nothing left, the constant patch, becomes the zero vector.
     """
-    centred_BLP = patches_BLP.float() - patches_BLP.float().mean(dim=-1, keepdim=True)
-    norm_BL1 = centred_BLP.norm(dim=-1, keepdim=True)
+    values_BLP = patches_BLP.float()
+    if centred:
+        values_BLP = values_BLP - values_BLP.mean(dim=-1, keepdim=True)
+    norm_BL1 = values_BLP.norm(dim=-1, keepdim=True)
     floor = DEVIATION_EPS * patches_BLP.shape[-1] ** 0.5
-    return torch.where(norm_BL1 > floor, centred_BLP / norm_BL1.clamp_min(floor), 0.0)
+    return torch.where(norm_BL1 > floor, values_BLP / norm_BL1.clamp_min(floor), 0.0)
 
 
-def draw_anchors(words_BL: Tensor, anchor_ratio: float) -> Tensor:
-    """K = max(1, int(anchor_ratio * L)) patches per image, uniform without replacement: int64 [B, K].
+def anchor_count(masking: Masking, patches: int) -> int:
+    """K of an image with so many patches: `masking.anchors`, or max(1, int(anchor_ratio * L)); never all of them."""
+    wanted = masking.anchors if masking.anchors is not None else max(1, int(masking.anchor_ratio * patches + 1e-9))
+    return min(wanted, max(1, patches - 1))
 
-    `words_BL` are independent random words per patch; the K largest are the anchors.
+
+def draw_anchors(words_BL: Tensor, anchors: int) -> Tensor:
+    """So many patches per image, uniform without replacement, in ascending order: int64 [B, K].
+
+    `words_BL` are independent random 32-bit words per patch; the K largest are the anchors. Of equal words the later
+    patch is the larger.
     """
     patches = words_BL.shape[1]
-    return words_BL.topk(max(1, int(anchor_ratio * patches)), dim=1).indices
+    assert patches <= 1 << PLACE_BITS
+    places_L = torch.arange(patches, device=words_BL.device)
+    return (words_BL << PLACE_BITS | places_L).topk(anchors, dim=1).indices.sort(dim=1).values
 
 
-def nearest_anchor_similarity(patches_BLP: Tensor, anchors_BK: Tensor) -> Tensor:
-    """Similarity of every patch to the anchor most like it: float32 [B, L] in [-1, 1]; anchors get ALWAYS_HIDDEN.
+def anchor_similarities(
+    patches_BLP: Tensor, anchors_BK: Tensor, centred: bool = True, constant_alike: bool = True
+) -> Tensor:
+    """Similarity of every patch to every anchor of its image: float32 [B, L, K] in [-1, 1].
 
-    Constant patches (plain background) have no direction to compare: they count as identical to each other
-    (similarity 1) and as unlike anything else (0).
+    The patches' values may be CLIP-normalised pixels, or embeddings. Constant patches have no direction to compare:
+    with `constant_alike` they count as identical to each other (1), and in any case as unlike anything else (0).
     """
-    unit_BLP = normalise_patches(patches_BLP)
+    unit_BLP = unit_patches(patches_BLP, centred)
     anchors_BKP = unit_BLP.gather(1, anchors_BK[:, :, None].expand(-1, -1, unit_BLP.shape[-1]))
-    similarity_BL = (unit_BLP @ anchors_BKP.transpose(1, 2)).amax(dim=-1)
-    constant_BL = ~unit_BLP.any(dim=-1)
-    constant_anchor_B1 = constant_BL.gather(1, anchors_BK).any(dim=1, keepdim=True)
-    similarity_BL = similarity_BL.masked_fill(constant_BL & constant_anchor_B1, 1.0)
-    return similarity_BL.scatter(1, anchors_BK, ALWAYS_HIDDEN)
+    similarity_BLK = unit_BLP @ anchors_BKP.transpose(1, 2)
+    if constant_alike:
+        constant_BL = ~unit_BLP.any(dim=-1)
+        both_BLK = constant_BL[:, :, None] & constant_BL.gather(1, anchors_BK)[:, None, :]
+        similarity_BLK = similarity_BLK.masked_fill(both_BLK, 1.0)
+    return similarity_BLK
+
+
+def nearest_anchor_similarity(similarity_BLK: Tensor, anchors_BK: Tensor) -> Tensor:
+    """Similarity to the anchor most like it, float32 [B, L]; anchors themselves get ALWAYS_HIDDEN."""
+    return similarity_BLK.amax(dim=-1).scatter(1, anchors_BK, ALWAYS_HIDDEN)
 
 
 def hidden_counts(similarity_BL: Tensor, threshold: float, min_ratio: float) -> Tensor:

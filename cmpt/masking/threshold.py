@@ -3,8 +3,9 @@
 The first batch settles the threshold by bisection on the global batch; from then on an integral controller follows
 slow drift: threshold += gain * (ratio - target). The gain is a tenth of what would correct an error at once, measured
 on the first batch, so the loop is overdamped and does not oscillate. The mean error over n steps is the threshold's
-net movement / (n * gain), hence goes to zero as 1/n. Everything is computed from counts summed over ranks, so the
-threshold is the same at every world size.
+net movement / (n * gain), hence goes to zero as 1/n. A target that moves by schedule moves the threshold at once by
+what the first batch says. Everything is computed from counts summed over ranks, so the threshold is the same at every
+world size.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ _LEAST_SLOPE = 0.1  # mask ratio per unit of threshold; the clip art has 0.5
 
 @dataclass
 class ThresholdController:
-    """State: `threshold` (cosine, -1 … 1; None before the first batch) and `gain` (threshold per unit of ratio)."""
+    """State: `target`, `threshold` (cosine, -1 … 1; None before the first batch), `gain` (threshold per ratio)."""
 
     target: float
     min_ratio: float
     threshold: float | None = None
     gain: float = 0.0
+
+    def aim(self, target: float, min_ratio: float) -> None:
+        """The schedule's values for the coming batch."""
+        if self.threshold is not None:
+            self._move(self.gain / _SHARE_OF_ERROR * (self.target - target))
+        self.target, self.min_ratio = target, min_ratio
 
     def calibrate(self, similarity_BL: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Set threshold and gain from the first batch; every rank calls it with its own images."""
@@ -57,11 +64,15 @@ class ThresholdController:
 
     def update(self, ratio: float) -> None:
         """Follow the mean mask ratio of the global batch that was just masked."""
+        self._move(self.gain * (ratio - self.target))
+
+    def _move(self, by: float) -> None:
         assert self.threshold is not None
-        self.threshold = min(max(self.threshold + self.gain * (ratio - self.target), -1.0), 1.0)
+        self.threshold = min(max(self.threshold + by, -1.0), 1.0)
 
     def state(self) -> dict[str, float | None]:
-        return {"threshold": self.threshold, "gain": self.gain}
+        return {"target": self.target, "threshold": self.threshold, "gain": self.gain}
 
     def load(self, state: dict[str, float | None]) -> None:
+        self.target = self.target if state["target"] is None else state["target"]
         self.threshold, self.gain = state["threshold"], state["gain"] or 0.0

@@ -86,3 +86,24 @@ def test_state_goes_through_a_checkpoint() -> None:
     second = ThresholdController(0.5, 0.3)
     second.load(first.state())
     assert run(first, batches(5)) == run(second, batches(5))
+
+
+def test_a_scheduled_target_is_followed_at_once() -> None:
+    """From 0.6 down to 0.4 over 200 steps: every window of 50 is on its own mean target."""
+    controller, ratios, targets = ThresholdController(0.6, 0.3), [], []
+    for step, similarity_BL in enumerate(batches(200, size=256)):
+        controller.aim(0.6 - 0.2 * step / 199, 0.3)
+        if controller.threshold is None:
+            controller.calibrate(similarity_BL, lambda counts: counts)
+        assert controller.threshold is not None
+        hidden = hidden_counts(similarity_BL, controller.threshold, controller.min_ratio)
+        ratios.append(float(hidden.sum()) / similarity_BL.numel())
+        targets.append(controller.target)
+        controller.update(ratios[-1])
+        if step == 120:  # through a checkpoint, in the middle
+            resumed = ThresholdController(0.6, 0.3)
+            resumed.load(controller.state())
+            controller = resumed
+    for first in range(0, 151):
+        window = slice(first, first + 50)
+        assert abs(sum(ratios[window]) - sum(targets[window])) / 50 < 0.01
