@@ -14,7 +14,8 @@ from cmpt.recipe.schema import Masking
 
 DEVIATION_EPS = 1e-6
 ALWAYS_HIDDEN = 2.0  # above any cosine: an anchor is hidden at every threshold
-PLACE_BITS = 12  # a patch's place in the image, where random words of 32 bits need telling apart: at most 4,096 patches
+# A patch's place in the image, which tells random words of 32 bits apart: 4,096 patches (recipe/check_masking.py).
+PLACE_BITS = 12
 
 
 def unit_patches(patches_BLP: Tensor, centred: bool = True) -> Tensor:
@@ -69,8 +70,8 @@ def anchor_similarities(
 
 
 def nearest_anchor_similarity(similarity_BLK: Tensor, anchors_BK: Tensor) -> Tensor:
-    """Similarity to the anchor most like it, float32 [B, L]; anchors themselves get ALWAYS_HIDDEN."""
-    return similarity_BLK.amax(dim=-1).scatter(1, anchors_BK, ALWAYS_HIDDEN)
+    """Similarity to the anchor most like it, float32 [B, L] in [-1, 1]; anchors themselves get ALWAYS_HIDDEN."""
+    return similarity_BLK.amax(dim=-1).clamp(-1, 1).scatter(1, anchors_BK, ALWAYS_HIDDEN)
 
 
 def hidden_counts(similarity_BL: Tensor, threshold: float, min_ratio: float) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmpt.masking.cluster import hidden_counts
+from cmpt.masking.cluster import least_hidden
 
 _GRID = 64  # thresholds tried at one time; three rounds give 2 / 64**3 = 8e-6
 _ROUNDS = 3
@@ -43,11 +43,17 @@ class ThresholdController:
     def calibrate(self, similarity_BL: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Set threshold and gain from the first batch; every rank calls it with its own images."""
 
+        images, patches = similarity_BL.shape
+        sorted_BL = similarity_BL.sort(dim=1).values
+        least = min(least_hidden(patches, self.min_ratio), patches - 1)
+
         def ratios(thresholds: list[float]) -> list[float]:
-            counts = [hidden_counts(similarity_BL, t, self.min_ratio).sum() for t in thresholds]
-            total = torch.tensor(similarity_BL.numel(), device=similarity_BL.device)
-            *hidden, patches = sum_over_ranks(torch.stack([*counts, total]).cpu()).tolist()
-            return [h / max(patches, 1) for h in hidden]
+            at_BN = torch.tensor(thresholds, device=sorted_BL.device).expand(images, -1).contiguous()
+            hidden_BN = patches - torch.searchsorted(sorted_BL, at_BN, right=True)
+            hidden_N = hidden_BN.clamp(least, patches - 1).sum(dim=0)  # `hidden_counts` of every threshold
+            total_1 = torch.tensor([images * patches], device=hidden_N.device)
+            *hidden, total = sum_over_ranks(torch.cat([hidden_N, total_1]).cpu()).tolist()
+            return [h / max(total, 1) for h in hidden]
 
         low, high = -1.0, 1.0  # the ratio falls as the threshold rises
         for _ in range(_ROUNDS):

@@ -10,6 +10,7 @@ from typing import Any
 from cmpt.recipe.paths import resolve_path
 from cmpt.recipe.schema import Masking, Recipe, TextMasking
 
+MOST_PATCHES = 1 << 12  # of an image that is cluster masked (masking/cluster.py)
 Fault = tuple[str, Any, str]  # dotted key, value, constraint
 
 
@@ -46,16 +47,17 @@ def _min_ratio_faults(masking: Masking) -> Iterator[Fault]:
 
 
 def _anchor_faults(recipe: Recipe) -> Iterator[Fault]:
-    masking, patch = recipe.masking, recipe.model.patch_size
+    masking, size, patch = recipe.masking, recipe.image.size, recipe.model.patch_size
+    patches = (size // patch) ** 2 if patch else None
+    if patches is not None and patches > MOST_PATCHES:
+        constraint = f'must give at most {MOST_PATCHES} patches with masking.strategy = "cluster", gives {patches}'
+        yield "image.size", size, constraint
     if masking.anchors is None:
         return
     if masking.anchor_ratio_end is not None:
         yield "masking.anchor_ratio_end", masking.anchor_ratio_end, "must be null where masking.anchors is given"
-    if patch:
-        patches = (recipe.image.size // patch) ** 2
-        if masking.anchors >= patches:
-            constraint = f"must be < {patches}, the patches of an image of {recipe.image.size} pixels"
-            yield "masking.anchors", masking.anchors, constraint
+    if patches is not None and masking.anchors >= patches:
+        yield "masking.anchors", masking.anchors, f"must be < {patches}, the patches of an image of {size} pixels"
 
 
 def text_masking_faults(recipe: Recipe) -> Iterator[Fault]:

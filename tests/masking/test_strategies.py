@@ -172,9 +172,7 @@ def test_holes_keep_nothing_and_are_not_packed(masking: Masking) -> None:
 
 
 def test_a_schedule_is_linear_over_the_phase() -> None:
-    masking = Masking(
-        ratio=0.6, ratio_end=0.4, min_ratio=0.3, min_ratio_end=0.1, embedding_share_end=1.0
-    )
+    masking = Masking(ratio=0.6, ratio_end=0.4, min_ratio=0.3, min_ratio_end=0.1, embedding_share_end=1.0)
     quarter = masking_at(masking, 0.25)
     found = (quarter.ratio, quarter.min_ratio, quarter.anchor_ratio, quarter.embedding_share)
     assert found == pytest.approx((0.55, 0.25, 0.03, 0.25))

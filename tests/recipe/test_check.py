@@ -332,3 +332,11 @@ def test_origins_are_added_where_they_are_known(tmp_path: Path) -> None:
         f'data.train.0.urls = "gone.tar": no such file: gone.tar; give your own: data.train.0.urls=[...] ({path}:3)',
         f'tokenizer.path = "gone": no such file ({path}:4)',
     ]
+
+
+def test_cluster_masking_has_a_largest_grid(recipe: Recipe) -> None:
+    recipe.image.size = 8 * 65
+    constraint = 'must give at most 4096 patches with masking.strategy = "cluster", gives 4225'
+    assert check_recipe(recipe) == [f"image.size = 520: {constraint}"]
+    recipe.masking.strategy = "random"
+    assert check_recipe(recipe) == []

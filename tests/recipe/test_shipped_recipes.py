@@ -14,7 +14,7 @@ from cmpt.recipe.typed import flat, plain
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RUNS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "base.yaml")
-ABOUT_FILES = ("data.train.", "data.heldout", "tokenizer.path")
+ABOUT_FILES = ("data.train.", "data.heldout", "tokenizer.path", "phases.0.set.text_masking.frequencies")
 
 
 def load(name: str) -> Recipe:
