@@ -17,10 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PatchCollection
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.patches import Rectangle
+from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,16 +25,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # runs from a checkout without an install
 
 from cmpt.masking.cluster import (  # noqa: E402
+    anchor_similarities,
     draw_anchors,
     hidden_counts,
     keep_by_similarity,
     nearest_anchor_similarity,
-    normalise_patches,
 )
 from cmpt.masking.patches import pack, patchify, standardise  # noqa: E402
 from cmpt.monitor.pictures import HAIRLINE, INK, MUTED, Sheet, grey_hidden  # noqa: E402
 from cmpt.ops.random import Purpose, random_words_tensor  # noqa: E402
 from cmpt.recipe import schema  # noqa: E402
+from mask_drawing import SEPARATOR, Tiling  # noqa: E402
 
 CLIP_ART = REPOSITORY / "cmpt" / "data" / "clipart"
 CHOSEN = (  # picked by eye for being easy to read
@@ -47,11 +45,10 @@ CHOSEN = (  # picked by eye for being easy to read
 )
 SEED = 5  # also picked by eye
 PATCH, GRID = 32, 8  # large patches, so that a person can tell them apart
+TILING = Tiling(PATCH, GRID)
 ANCHOR_RATIO, MIN_RATIO, TARGET = 0.05, 0.3, 0.5
 CLUSTER_COLOURS = ("#d9730d", "#2f6fde", "#12946a")
 NEARLY_WHITE = 200
-SEPARATOR = "#aab1bd"
-LIKENESS = LinearSegmentedColormap.from_list("likeness", ["#f5f6f9", "#a9bfe8", "#2b4fa8"])
 
 WIDTH, MARGIN = 1000, 20
 TILE, GAP, ROW_GAP, HEAD = 160, 40, 16, 62
@@ -108,11 +105,12 @@ def draw(images_NHWC: NDArray[np.uint8]) -> bytes:
     ordinal_B = torch.arange(count)
     anchor_words_BL = random_words_tensor(SEED, ordinal_B, Purpose.ANCHORS, GRID * GRID)
     drop_words_BL = random_words_tensor(SEED, ordinal_B, Purpose.EXTRA_DROPS, GRID * GRID)
-    anchors_BK = draw_anchors(anchor_words_BL, ANCHOR_RATIO)
-    similarity_BL = nearest_anchor_similarity(patches_BLP, anchors_BK)
+    anchors_BK = draw_anchors(anchor_words_BL, int(ANCHOR_RATIO * GRID * GRID))
+    similarity_BLK = anchor_similarities(patches_BLP, anchors_BK)
+    similarity_BL = nearest_anchor_similarity(similarity_BLK, anchors_BK)
     threshold = threshold_for(similarity_BL)
     keep_BL = keep_by_similarity(similarity_BL, drop_words_BL, threshold, MIN_RATIO)
-    cluster_BL = torch.where(similarity_BL > threshold, nearest_anchor(patches_BLP, anchors_BK), -1)
+    cluster_BL = torch.where(similarity_BL > threshold, nearest_anchor(similarity_BLK, anchors_BK), -1)
 
     band = HEAD + count * TILE + (count - 1) * ROW_GAP
     sheet = Sheet(WIDTH, band + 142)
@@ -127,15 +125,15 @@ def draw(images_NHWC: NDArray[np.uint8]) -> bytes:
         ]
         colours = [CLUSTER_COLOURS[k % len(CLUSTER_COLOURS)] for k in range(anchors_BK.shape[1])]
         anchors = anchors_BK[row].tolist()
-        lines(tiles[0], SEPARATOR, 0.6)
-        veil(tiles[1], 0.62)
-        show_through(tiles[1], images_NHWC[row], anchors)
-        likeness(tiles[2], similarity_BL[row].numpy())
-        veil(tiles[3], 0.62)
-        clusters(tiles[3], cluster_BL[row].tolist(), colours)
+        TILING.lines(tiles[0], SEPARATOR, 0.6)
+        TILING.veil(tiles[1], 0.62)
+        TILING.show_through(tiles[1], images_NHWC[row], anchors)
+        TILING.likeness(tiles[2], similarity_BL[row].numpy())
+        TILING.veil(tiles[3], 0.62)
+        TILING.clusters(tiles[3], cluster_BL[row].tolist(), colours)
         grey_hidden(tiles[4], keep_BL[row].numpy().reshape(GRID, GRID), PATCH)
         for stage in (1, 2, 3):
-            outline(tiles[stage], anchors, colours)
+            TILING.outline(tiles[stage], anchors, colours)
         for stage in range(len(STAGES)):
             sheet.frame(MARGIN + stage * (TILE + GAP), y, TILE, TILE, HAIRLINE, 0.8)
             if stage:
@@ -152,67 +150,10 @@ def threshold_for(similarity_BL: torch.Tensor) -> float:
     return candidates[int(np.argmin(np.abs(np.array(ratio) - TARGET)))]
 
 
-def nearest_anchor(patches_BLP: torch.Tensor, anchors_BK: torch.Tensor) -> torch.Tensor:
-    """Which anchor each patch is most like, int64 [B, L]; constant patches go with a constant anchor."""
-    unit_BLP = normalise_patches(patches_BLP)
-    anchor_BKP = unit_BLP.gather(1, anchors_BK[:, :, None].expand(-1, -1, unit_BLP.shape[-1]))
-    similarity_BLK = unit_BLP @ anchor_BKP.transpose(1, 2)
-    both_constant_BLK = ~unit_BLP.any(dim=-1)[:, :, None] & ~anchor_BKP.any(dim=-1)[:, None, :]
-    nearest_BL = similarity_BLK.masked_fill(both_constant_BLK, 1.0).argmax(dim=-1)
+def nearest_anchor(similarity_BLK: torch.Tensor, anchors_BK: torch.Tensor) -> torch.Tensor:
+    """Which anchor each patch is most like, int64 [B, L]; an anchor is most like itself."""
     own = torch.arange(anchors_BK.shape[1]).expand_as(anchors_BK)
-    return nearest_BL.scatter(1, anchors_BK, own)
-
-
-def cell(index: int, inset: float = 0) -> Rectangle:
-    """The square of one patch in the pixels of its image."""
-    side = PATCH - 2 * inset
-    return Rectangle((index % GRID * PATCH + inset, index // GRID * PATCH + inset), side, side)
-
-
-def lines(axes: Axes, colour: str, width: float) -> None:
-    """The grid of patches."""
-    end = PATCH * GRID
-    at = range(PATCH, end, PATCH)
-    segments = [((x, 0), (x, end)) for x in at] + [((0, y), (end, y)) for y in at]
-    axes.add_collection(LineCollection(segments, colors=colour, linewidths=width))
-
-
-def veil(axes: Axes, strength: float) -> None:
-    """Pales the image, so that what is drawn on it is what one sees."""
-    axes.add_patch(Rectangle((0, 0), PATCH * GRID, PATCH * GRID, facecolor="white", alpha=strength, edgecolor="none"))
-
-
-def show_through(axes: Axes, image_HWC: NDArray[np.uint8], patches: list[int]) -> None:
-    for index in patches:
-        y, x = index // GRID * PATCH, index % GRID * PATCH
-        axes.imshow(image_HWC[y : y + PATCH, x : x + PATCH], extent=(x, x + PATCH, y + PATCH, y), zorder=2)
-    axes.set_xlim(0, PATCH * GRID)
-    axes.set_ylim(PATCH * GRID, 0)
-    axes.set_aspect("auto")
-
-
-def likeness(axes: Axes, similarity_L: NDArray[np.float32]) -> None:
-    axes.imshow(
-        similarity_L.reshape(GRID, GRID), extent=(0, PATCH * GRID, PATCH * GRID, 0), cmap=LIKENESS, vmin=0, vmax=1,
-        aspect="auto", interpolation="nearest",
-    )  # fmt: skip
-    lines(axes, "white", 0.7)
-
-
-def clusters(axes: Axes, cluster_L: list[int], colours: list[str]) -> None:
-    for k, colour in enumerate(colours):
-        members = [cell(index) for index, cluster in enumerate(cluster_L) if cluster == k]
-        axes.add_collection(PatchCollection(members, facecolor=colour, alpha=0.55, edgecolor="white", linewidth=0.7))
-
-
-def outline(axes: Axes, anchors: list[int], colours: list[str]) -> None:
-    for index, colour in zip(anchors, colours, strict=True):
-        axes.add_patch(
-            Rectangle(cell(index).get_xy(), PATCH, PATCH, fill=False, edgecolor="white", linewidth=3.4, zorder=3)
-        )
-        axes.add_patch(
-            Rectangle(cell(index).get_xy(), PATCH, PATCH, fill=False, edgecolor=colour, linewidth=2.0, zorder=4)
-        )
+    return similarity_BLK.argmax(dim=-1).scatter(1, anchors_BK, own)
 
 
 def sequence(sheet: Sheet, y: float, pixels_BLP: torch.Tensor, keep_BL: torch.Tensor) -> None:
