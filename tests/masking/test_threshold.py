@@ -21,7 +21,7 @@ def batches(steps: int, drift: float = 0.0, size: int = 64) -> list[torch.Tensor
 def run(controller: ThresholdController, similarities: list[torch.Tensor]) -> tuple[list[float], list[float]]:
     ratios, thresholds = [], []
     for similarity_BL in similarities:
-        if controller.threshold is None:
+        if controller.settling:
             controller.calibrate(similarity_BL, lambda counts: counts)
         assert controller.threshold is not None
         thresholds.append(controller.threshold)
@@ -93,7 +93,7 @@ def test_a_scheduled_target_is_followed_at_once() -> None:
     controller, ratios, targets = ThresholdController(0.6, 0.3), [], []
     for step, similarity_BL in enumerate(batches(200, size=256)):
         controller.aim(0.6 - 0.2 * step / 199, 0.3)
-        if controller.threshold is None:
+        if controller.settling:
             controller.calibrate(similarity_BL, lambda counts: counts)
         assert controller.threshold is not None
         hidden = hidden_counts(similarity_BL, controller.threshold, controller.min_ratio)

@@ -24,6 +24,9 @@ PARAMETERS = {
     "vitb16_cc12m": 149_620_737,
     "vitb16_cc12m_flip": 149_620_737,
     "vitb16_cc12m_clip": 149_620_737,
+    "vitb16_cc12m_clipf": 149_620_737,
+    "vitb16_cc12m_embedding": 149_620_737,
+    "vitb16_cc12m_reclip": 149_620_737,
     "vitl14_laion": 427_616_513,
     "quickstart": None,
 }
