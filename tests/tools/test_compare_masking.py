@@ -100,6 +100,7 @@ def test_random_masks_hide_as_much_background_as_there_is_and_clusters_more() ->
     assert clusters.of_hidden is not None and clusters.of_hidden > by_chance.of_all + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_study_from_start_to_report_and_again_without_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

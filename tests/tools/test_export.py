@@ -217,14 +217,10 @@ def test_a_run_starts_from_an_exported_folder(
     ours, theirs = (open_model(str(path)).clip.state_dict() for path in (tmp_path / "tuned", exported(name)))
     assert all(torch.allclose(ours[key], theirs[key], rtol=0.0, atol=1e-20) for key in theirs)
 
-    for change, fault in (
-        ("model.quick_gelu=true", "model.quick_gelu is True, there it is False"),
-        ("image.size=64", "image.size is 64, there it is 96; a phase can change it afterwards"),
-        ("model.text.heads=6", "model.text.heads is 6, there it is 3"),
-    ):
-        done = run_cli([*command, *start, "run.name=other", change])
-        assert done.returncode == 2 and fault in done.stderr and done.stderr.count("error:") == 1, done.stderr
-        assert not (tmp_path / "other").exists()
+    done = run_cli([*command, *start, "run.name=other", "image.size=64"])
+    fault = "image.size is 64, there it is 96; a phase can change it afterwards"
+    assert done.returncode == 2 and fault in done.stderr and done.stderr.count("error:") == 1, done.stderr
+    assert not (tmp_path / "other").exists()
 
     # Two processes say it once; and a run that has begun goes on without what it began from.
     two = ["deepspeed", "--num_accelerators", "2", *command[1:], *start]
