@@ -53,6 +53,7 @@ from cmpt.engine.store import Store
 from cmpt.engine.traffic import count_deepspeed
 from cmpt.evals.examples import query_examples
 from cmpt.evals.suite import HeldoutSuite
+from cmpt.masking.fixed import score_function
 from cmpt.masking.strategies import Masked, MaskStage
 from cmpt.models.clip import CLIP
 from cmpt.models.flops import peak_flops
@@ -129,6 +130,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     loader = build_loader(recipe, tokenizer, rank, world_size)
     suite = build_suite(recipe, tokenizer, rank, world_size, device)
     plan = Plan(recipe, loader.samples_per_epoch)
+    for planned in plan.phases:
+        if planned.phase.masking.scores:
+            score_function(planned.phase.masking.scores)  # what cannot be imported ends the run now, not in its phase
     clip = CLIP(recipe.model, recipe.image.size, recipe.run.seed)
     starts = recipe.run.overwrite or not any((folder / "checkpoints").glob("step_*"))
     if recipe.model.init_from and starts:

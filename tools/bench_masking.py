@@ -27,6 +27,7 @@ from cmpt.masking.strategies import MaskStage
 from cmpt.recipe.schema import Masking, Recipe
 
 GOALS = {"speed": 5.0, "share_cpu": 0.03, "share_gpu": 0.01, "floor": 2.5}
+WARM_UP = 8  # rounds, which also settle the threshold
 _COPY_BYTES = 1 << 30
 Side = Callable[[ImageTextBatch], object]
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="ViT-B-16", help="a size that open_clip has too (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after eight that warm up")
     parser.add_argument("--steps", type=int, default=3, help="training steps to time; 0: none (default: %(default)s)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measured value there")
@@ -136,7 +137,7 @@ def timed(
     """Seconds of every side in every round; the order of the sides rotates."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     order = list(sides)
-    for number in range(-1, rounds):
+    for number in range(-WARM_UP, rounds):
         batch = batches[number % len(batches)]
         for side in order:
             began = now(device)

@@ -45,7 +45,7 @@ def largest_batch(recipe: Recipe, phases: list[ResolvedPhase], pairs: int) -> La
     patch = recipe.model.patch_size
     assert patch
     sides = [(phase, phase.image.size // patch) for phase in phases]
-    kept, side = max((most_kept(phase.masking, side * side), side) for phase, side in sides)
+    kept, side = max((most_kept(phase.masking, (side, side)), side) for phase, side in sides)
     context = recipe.model.context_length
     words = max(min(context, phase.text_masking.tokens or context) for phase in phases)
     return LargestBatch(pairs, (side, side), kept, words)

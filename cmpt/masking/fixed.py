@@ -1,12 +1,14 @@
 """Strategies that hide as many patches of every image: the rivals of cluster masking, behind the same interface.
 
 Each is a function of (pixels, ordinal_B, masking, seed) -> keep_BL, bool [B, L], that keeps exactly `kept_of(L, ratio)`
-patches of every image ("grid": one of each cell). Its randomness is keyed by the samples' ordinals.
+patches of every image ("grid": one of each cell, "none": all). Its randomness is keyed by the samples' ordinals.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from cmpt.masking.patches import Pixels
 from cmpt.ops.random import Purpose, random_words_tensor
+from cmpt.recipe import RecipeError
 from cmpt.recipe.schema import Masking
 
 _VARIANCE = 0.2  # of GLIP's Gaussian, on the grid [-1, 1]²
@@ -105,23 +108,30 @@ def grid(pixels: Pixels, ordinal_B: Tensor, masking: Masking, seed: int) -> Tens
 
 def scores(pixels: Pixels, ordinal_B: Tensor, masking: Masking, seed: int) -> Tensor:
     """What a function of the user's own scores highest stays, for example an attention map's patches."""
-    given = _function(masking.scores or "")(pixels.images_BCHW, pixels.patch_size, ordinal_B)
+    given = score_function(masking.scores or "")(pixels.images_BCHW, pixels.patch_size, ordinal_B)
     expected = (len(ordinal_B), pixels.patches)
     if not isinstance(given, Tensor) or tuple(given.shape) != expected:
         found = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(f"masking.scores = {masking.scores}: expected a tensor of shape {expected}, got {found}")
-    return keep_highest(given.to(ordinal_B.device), kept_of(pixels.patches, masking.ratio))
+        raise RecipeError([f'masking.scores = "{masking.scores}": expected a tensor of shape {expected}, got {found}'])
+    scores_BL = given.to(ordinal_B.device, torch.float32).nan_to_num(nan=-torch.inf)
+    order_BL = _words(pixels, ordinal_B, seed).argsort(dim=1)  # who comes first among equal scores is drawn, too
+    ranked_BL = scores_BL.gather(1, order_BL).argsort(dim=1, descending=True, stable=True)
+    kept_BL = order_BL.gather(1, ranked_BL[:, : kept_of(pixels.patches, masking.ratio)])
+    return torch.zeros(expected, dtype=torch.bool, device=ordinal_B.device).scatter(1, kept_BL, True)
 
 
 @cache
-def _function(name: str) -> Callable[[Tensor, int, Tensor], Tensor]:
+def score_function(name: str) -> Callable[[Tensor, int, Tensor], Tensor]:
+    """The function that `masking.scores` names; its module may lie in the current folder. Raises RecipeError."""
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"masking.scores = {name}: cannot be imported: {error}") from error
+    except Exception as error:  # a module of the user's can fail in any way
+        raise RecipeError([f'masking.scores = "{name}": cannot be imported: {error}']) from error
     if not callable(found):
-        raise ValueError(f"masking.scores = {name}: must be a function, it is a {type(found).__name__}")
+        raise RecipeError([f'masking.scores = "{name}": must be a function, it is a {type(found).__name__}'])
     return found
 
 

@@ -44,7 +44,6 @@ _SEED_MASK = (1 << 64) - 1
 
 
 def _block(patches: int) -> int:
-    assert patches <= 1 << PLACE_BITS
     return max(16, triton.next_power_of_2(patches))
 
 
@@ -84,7 +83,7 @@ def draw_anchors(ordinal_B: Tensor, seed: int, patches: int, anchors: int) -> Te
     Those with the largest words of `Purpose.ANCHORS`; of equal words the later patch is the larger, as in cluster.py.
     `ordinal_B`: int64. At most 4,096 patches.
     """
-    assert 1 <= anchors <= patches
+    assert 1 <= anchors <= patches <= 1 << PLACE_BITS
     anchors_BK = torch.empty(len(ordinal_B), anchors, dtype=torch.int32, device=ordinal_B.device)
     block = _block(patches)
     anchors_kernel[(len(ordinal_B),)](
@@ -149,6 +148,7 @@ def keep_patches(
     `threshold_1`: a number, or a tensor of one element on the device. Rows that are not valid keep nothing.
     """
     batch, patches = similarity_BL.shape
+    assert patches <= 1 << PLACE_BITS
     device = similarity_BL.device
     if not isinstance(threshold_1, Tensor):
         threshold_1 = torch.full((1,), threshold_1, dtype=torch.float32, device=device)

@@ -97,7 +97,7 @@ def _load_pixels(
     pixel_Q = tl.arange(0, ROWS * PADDED)
     y_Q, x_Q = first_row + pixel_Q // PADDED, pixel_Q % PADDED
     inside_NQ = inside_N[:, None]
-    if PATCH != PADDED:
+    if PATCH != PADDED or PATCH % ROWS != 0:
         inside_NQ = inside_NQ & ((y_Q < PATCH) & (x_Q < PATCH))[None, :]
     pixels_NQ = tl.load(plane + (corner_N[:, None] + (y_Q * WIDTH + x_Q)[None, :]), mask=inside_NQ, other=128)
     return (pixels_NQ ^ 128).to(tl.int8, bitcast=True)

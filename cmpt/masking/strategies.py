@@ -52,17 +52,16 @@ def masking_at(masking: Masking, progress: float) -> Masking:
     )
 
 
-def most_kept(masking: Masking, patches: int) -> int:
-    """The most patches that a strategy can leave of an image with so many, at any point of the phase."""
-    ends = [masking_at(masking, 0.0), masking_at(masking, 1.0)]
+def most_kept(masking: Masking, grid: tuple[int, int]) -> int:
+    """The most patches that a strategy can leave of an image of so many rows and columns, at any point of the phase."""
+    patches, ends = grid[0] * grid[1], [masking_at(masking, 0.0), masking_at(masking, 1.0)]
     if masking.strategy == "none":
         return patches
     if masking.strategy == "cluster":
         least = min(least_hidden(patches, m.min_ratio) for m in ends)
         return max(1, patches - max(least, min(anchor_count(m, patches) for m in ends)))
     if masking.strategy == "grid":  # a cell at an odd edge has fewer than four patches
-        side = round(patches**0.5)
-        return (-(-side // 2)) ** 2
+        return -(-grid[0] // 2) * -(-grid[1] // 2)
     return max(kept_of(patches, m.ratio) for m in ends)
 
 
@@ -201,7 +200,7 @@ class MaskStage:
                 threshold = None
                 keep_BL = self._keep(pixels, ordinal_B, valid_B, masking)
                 kept_B = keep_BL.sum(dim=1, dtype=torch.int32)
-            capacity = len(ordinal_B) * most_kept(masking, patches)
+            capacity = len(ordinal_B) * most_kept(masking, pixels.grid)
             patches_TP, position_T, order_B = fused.gather_patches(
                 images_BCHW, keep_BL, kept_B, self.patch_size, image.mean, image.std, capacity, self.dtype
             )
@@ -220,6 +219,7 @@ class MaskStage:
                     made.record_stream(current)
             lengths = sorted((kept for kept in kept_on_host_B.tolist() if kept), reverse=True)
             total = sum(lengths)
+            assert total <= capacity
             packed = PackedPatches(
                 patches_TP[:total], position_T[:total], lengths, order_B[: len(lengths)], pixels.grid
             )

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: Philox 4x32-10, the same bits in numpy, torch and (later) Triton.
+"""Counter-based random numbers: Philox 4x32-10, the same bits in numpy, torch and Triton.
 
 Every random decision about a sample is a pure function of (seed, sample ordinal in the run, purpose, index). There is
 no generator state to save, and a decision is the same at any world size, in any pass, and after a resume.

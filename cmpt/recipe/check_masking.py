@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -52,12 +53,34 @@ def _anchor_faults(recipe: Recipe) -> Iterator[Fault]:
     if patches is not None and patches > MOST_PATCHES:
         constraint = f'must give at most {MOST_PATCHES} patches with masking.strategy = "cluster", gives {patches}'
         yield "image.size", size, constraint
+    if patches is not None and masking.threshold is None:
+        yield from _reach_faults(masking, patches)
     if masking.anchors is None:
         return
     if masking.anchor_ratio_end is not None:
         yield "masking.anchor_ratio_end", masking.anchor_ratio_end, "must be null where masking.anchors is given"
     if patches is not None and masking.anchors >= patches:
         yield "masking.anchors", masking.anchors, f"must be < {patches}, the patches of an image of {size} pixels"
+
+
+def _reach_faults(masking: Masking, patches: int) -> Iterator[Fault]:
+    """A target below what anchors or β hide anyhow would never be reached."""
+    for end in ("", "_end"):
+        ratio, least = _at(masking, "ratio", end), _at(masking, "min_ratio", end)
+        by_anchors = masking.anchors or int(_at(masking, "anchor_ratio", end) * patches + 1e-9)
+        by_least = math.ceil(least * patches * (1 - 1e-9)) if least <= ratio else 0  # above it: told already
+        anchors = f"anchor_ratio{end}" if masking.anchors is None else "anchors"
+        for field, hidden in ((anchors, by_anchors), (f"min_ratio{end}", by_least)):
+            value = getattr(masking, field)
+            if value is not None and max(1, ratio * patches + 1e-9) < hidden < patches:
+                constraint = f"must hide at most masking.ratio = {ratio} of the patches, hides {hidden} of {patches}"
+                yield f"masking.{field}", value, constraint
+
+
+def _at(masking: Masking, name: str, end: str) -> float:
+    """A scheduled field at the beginning ("") or the end ("_end") of the phase."""
+    last = getattr(masking, f"{name}_end") if end else None
+    return float(getattr(masking, name) if last is None else last)
 
 
 def text_masking_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -169,7 +169,8 @@ class Masking:
     that a function of your own scores highest; "none". Smaller images instead of masks (RECLIP, arXiv 2304.06028) are
     phases with an `image.size`."""
     ratio: float = 0.5
-    """Share of patches to hide: the global mean for "cluster", exact per image for the others; "grid": 0.75."""
+    """Share of patches to hide: the global mean for "cluster", exact per image for the others; "grid": 0.75, less where
+    an odd number of rows or columns leaves cells at the edge smaller."""
     ratio_end: float | None = None
     anchor_ratio: float = 0.03
     """cluster: anchors per image as a share of its patches (paper: under 5 %); at least one."""
@@ -177,7 +178,8 @@ class Masking:
     anchors: int | None = None
     """cluster: anchors per image as a number, instead of `anchor_ratio`; null: the share decides."""
     min_ratio: float = 0.3
-    """cluster: β, the least share that is hidden of every image, topped up by uniform random drops; <= ratio."""
+    """cluster: β, the least share that is hidden of every image, topped up by uniform random drops; <= ratio. At the
+    ratio itself no image may lose more, so the threshold rises until clusters hardly decide."""
     min_ratio_end: float | None = None
     threshold: float | None = None
     """cluster: a fixed similarity threshold; null: the controller holds the mean ratio at `ratio`."""
@@ -197,8 +199,9 @@ class Masking:
     block: str = "keep"
     """block: whether the rectangle is what is kept, or what is dropped ("drop")."""
     scores: str | None = None
-    """scores: the function as "module:name", called with images_BCHW (uint8), the patch size and ordinal_B (int64);
-    returns a score per patch, [B, L]. Of every image the highest L * (1 - ratio) stay."""
+    """scores: the function as "module:name", found on the Python path or in the current folder, called with images_BCHW
+    (uint8), the patch size and ordinal_B (int64); returns a score per patch, [B, L]. Of every image the highest
+    L * (1 - ratio) stay, among equal ones at random; NaN is the lowest. It must depend on its arguments alone."""
 
 
 @dataclass

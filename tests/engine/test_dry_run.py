@@ -43,19 +43,20 @@ def most_seen(masking: Masking, side: int) -> int:
     ids=lambda masking: f"{masking.strategy}-{masking.ratio}-{masking.min_ratio}-{masking.threshold}-{masking.block}",
 )
 def test_the_most_that_a_strategy_can_keep_is_what_masks_of_images_reach(masking: Masking, side: int) -> None:
-    assert most_seen(masking, side) == most_kept(masking, side * side)
+    assert most_seen(masking, side) == most_kept(masking, (side, side))
 
 
 @pytest.mark.parametrize("side", [3, 7])
 def test_with_few_drops_the_anchors_are_hidden_still(side: int) -> None:
     masking = Masking(strategy="cluster", threshold=0.99, min_ratio=0.0, anchor_ratio=0.1)
     anchors = max(1, int(0.1 * side * side))
-    assert most_seen(masking, side) == side * side - anchors == most_kept(masking, side * side)
+    assert most_seen(masking, side) == side * side - anchors == most_kept(masking, (side, side))
 
 
 def test_a_schedule_counts_where_it_hides_least() -> None:
-    assert most_kept(Masking(min_ratio=0.5, min_ratio_end=0.2, ratio=0.5), 100) == 80
-    assert most_kept(Masking(strategy="centred", ratio=0.5, ratio_end=0.25), 100) == 75
+    assert most_kept(Masking(min_ratio=0.5, min_ratio_end=0.2, ratio=0.5), (5, 20)) == 80
+    assert most_kept(Masking(strategy="centred", ratio=0.5, ratio_end=0.25), (10, 10)) == 75
+    assert most_kept(Masking(strategy="grid", ratio=0.75), (3, 5)) == 6
 
 
 def test_the_dry_run_is_as_large_as_the_largest_phase_that_is_left() -> None:

@@ -23,7 +23,16 @@ CLIP = Image()
 EQUAL = Image(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])  # a white patch is constant only with such
 ORDINALS = torch.tensor([0, 5, 2**33 + 7])
 SEED = 11
-SIZES = {8: (32, 48), 14: (56, 42), 16: (48, 80), 32: (64, 64)}  # height and width that give few patches, by patch size
+# Height and width that give few patches, by patch size.
+SIZES = {1: (4, 8), 2: (8, 12), 4: (16, 24), 8: (32, 48), 14: (56, 42), 16: (48, 80), 32: (64, 64)}
+    1: (4, 8),
+    2: (8, 12),
+    4: (16, 24),
+    8: (32, 48),
+    14: (56, 42),
+    16: (48, 80),
+    32: (64, 64),
+}  # height and width that give few patches, by patch size
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -78,7 +87,7 @@ def assert_similarity(device: str, images: Tensor, patch: int, image: Image, anc
         np.testing.assert_allclose(found[b], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("patch", [8, 14, 16, 32])
+@pytest.mark.parametrize("patch", SIZES)
 @pytest.mark.parametrize("centred", [True, False])
 def test_similarity_of_photographs_noise_and_flat_images(device: str, patch: int, centred: bool) -> None:
     height, width = SIZES[patch]
@@ -171,26 +180,29 @@ def test_masks_from_images_are_those_of_the_readable_way(device: str, threshold:
         Masking(anchors=2, threshold=0.4),
         Masking(embedding_share=0.2, embedding_share_end=1.0),
         Masking(strategy="random"),
+        Masking(strategy="centred"),
         Masking(strategy="block"),
+        Masking(strategy="grid", ratio=0.75),
+        Masking(strategy="none"),
     ],
-    ids=["controlled", "fixed", "embedding", "random", "block"],
+    ids=lambda masking: f"{masking.strategy}-{masking.anchors}-{masking.embedding_share}",
 )
 def test_the_stage_gives_what_it_gives_in_plain_torch(device: str, masking: Masking) -> None:
-    """Several batches with holes: masks, sequences, and where the controller goes."""
-    runs = []
+    """Batches with holes, more than settle the threshold: masks, sequences, and where the controller goes."""
+    runs, steps = [], 11 if masking.ratio_end else 3
     for fuses in (False, True):
         where = device if fuses else "cpu"
         weight = torch.randn(192, 7, generator=torch.Generator().manual_seed(5)).to(where)
         mask = MaskStage(masking, CLIP, 8, SEED, embed=lambda patches, grid, w=weight: patches @ w, fused=fuses)
         seen = []
-        for step in range(3):
+        for step in range(steps):
             generator = torch.Generator().manual_seed(step)
             coarse = torch.rand(4, 3, 6, 6, generator=generator)
             images = torch.nn.functional.interpolate(coarse, size=(40, 48), mode="bilinear") * 255
-            valid_B = torch.arange(4) != step
+            valid_B = torch.arange(4) != step % 5
             ordinal_B = torch.arange(4 * step, 4 * step + 4)
             batch = (part.to(where) for part in (images.to(torch.uint8), ordinal_B, valid_B))
-            end = mask.begin(*batch, progress=step / 2)
+            end = mask.begin(*batch, progress=step / (steps - 1))
             masked = end()
             mask.advance(1 - float(masked.keep_BL[valid_B.to(where)].double().mean()))
             packed = masked.patches

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from cmpt.masking.fixed import gaussian
 from cmpt.masking.strategies import MaskStage, masking_at
+from cmpt.recipe import RecipeError
 from cmpt.recipe.schema import Image, Masking
 
 FIXED = [
@@ -67,7 +69,7 @@ def test_masks_change_with_ordinal_and_seed(masking: Masking) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.6, 0.75, 0.9, 0.99])
 @pytest.mark.parametrize("masking", [m for m in FIXED if m.strategy != "grid"], ids=name)
 def test_a_fixed_ratio_is_exact_for_every_image(masking: Masking, ratio: float, height: int, width: int) -> None:
-    masking.ratio = ratio
+    masking = replace(masking, ratio=ratio)
     patches = height * width // 64
     kept = max(1, math.floor(patches * (1 - ratio) + 1e-6))
     masked = stage(masking)(images(12, height, width), torch.arange(12))
@@ -138,13 +140,29 @@ def test_scores_of_a_users_own_function_decide() -> None:
     keep = stage(FIXED[-1])(pixels, torch.arange(12)).keep_BL
     scores = edges(pixels, 8, torch.arange(12))
     for row in range(12):
-        assert scores[row][keep[row]].min() >= scores[row][~keep[row]].max()
+        assert keep[row].sum() == 18 and scores[row][keep[row]].min() >= scores[row][~keep[row]].max()
+
+
+def flat(images_BCHW: Tensor, patch_size: int, ordinal_B: Tensor) -> Tensor:
+    """The left half of the image scores, evenly; the first patch has no score at all."""
+    scores = (torch.arange(36) % 6 < 3).repeat(len(ordinal_B), 1).float()
+    scores[:, 0] = torch.nan
+    return scores
+
+
+def test_among_equal_scores_it_is_drawn_who_stays_and_nan_goes_first() -> None:
+    masking = Masking(strategy="scores", scores="masking.test_strategies:flat", ratio=0.75)
+    kept = stage(masking)(torch.zeros(2000, 3, 48, 48, dtype=torch.uint8), torch.arange(2000)).keep_BL
+    share = kept.double().mean(0).unflatten(0, (6, 6))
+    assert share[0, 0] == 0 and (share[:, 3:] == 0).all()
+    others = share[:, :3].flatten()[1:]
+    assert (others - 9 / 17).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
     ("function", "fault"),
     [
-        ("no_such_module:f", "masking.scores = no_such_module:f: cannot be imported: No module named"),
+        ("no_such_module:f", 'masking.scores = "no_such_module:f": cannot be imported: No module named'),
         ("masking.test_strategies:nothing", "cannot be imported: module .* has no attribute 'nothing'"),
         ("masking.test_strategies:FIXED", "must be a function, it is a list"),
         ("masking.test_strategies:wrong_shape", r"expected a tensor of shape \(12, 36\), got shape \(12, 35\)"),
@@ -152,7 +170,7 @@ def test_scores_of_a_users_own_function_decide() -> None:
     ],
 )
 def test_what_is_no_function_of_scores_is_told(function: str, fault: str) -> None:
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(RecipeError, match=fault):
         stage(Masking(strategy="scores", scores=function))(images(), torch.arange(12))
 
 

@@ -268,6 +268,18 @@ def test_phases_are_checked_as_they_run(recipe: Recipe) -> None:
             "masking.anchor_ratio_end = 0.1: must be null where masking.anchors is given",
         ),
         (
+            {"anchors": 20},
+            "masking.anchors = 20: must hide at most masking.ratio = 0.5 of the patches, hides 20 of 36",
+        ),
+        (
+            {"anchor_ratio": 0.1, "anchor_ratio_end": 0.9},
+            "masking.anchor_ratio_end = 0.9: must hide at most masking.ratio = 0.5 of the patches, hides 32 of 36",
+        ),
+        (
+            {"ratio": 0.49, "min_ratio": 0.49},
+            "masking.min_ratio = 0.49: must hide at most masking.ratio = 0.49 of the patches, hides 18 of 36",
+        ),
+        (
             {"strategy": "grid"},
             'masking.ratio = 0.5: must be 0.75 with masking.strategy = "grid": one patch of four stays',
         ),
