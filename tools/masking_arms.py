@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
 from cmpt.masking.patches import Pixels
 from cmpt.masking.strategies import MaskStage
-from cmpt.recipe import load_recipe, phases
+from cmpt.recipe import phases
+from cmpt.recipe.phases import ResolvedPhase
 from cmpt.recipe.schema import Recipe
 from cmpt.train import build_loader
 
-FREQUENT = "text_masking={strategy: frequency, tokens: 6, frequencies: pkg:data/clipart/word_counts.json}"
+CLUSTER = [
+    "masking.strategy=cluster",
+    "masking.ratio=0.5",
+    "masking.anchor_ratio=0.03",
+    "masking.min_ratio=0.3",
+    "masking.embedding_share_end=null",
+]
+RANDOM = ["masking.strategy=random", "masking.ratio=0.5"]
+FREQUENCY = ["text_masking={strategy: frequency, tokens: TEXT_TOKENS, frequencies: WORD_COUNTS}"]
+RESIZE = "resize"  # its overrides depend on the recipe's patches: `overrides_of`
 ARMS = {
     "none": ["masking.strategy=none"],
-    "cluster": [],  # the recipe's own
-    "cluster by embeddings": ["masking.embedding_share_end=1.0"],
-    "random": ["masking.strategy=random"],
-    "centred": ["masking.strategy=centred"],
-    "block": ["masking.strategy=block"],
+    "cluster": CLUSTER,
+    "cluster-embedding": [*CLUSTER[:-1], "masking.embedding_share_end=1.0"],
+    "random": RANDOM,
+    "centred": ["masking.strategy=centred", "masking.ratio=0.5"],
+    "block": ["masking.strategy=block", "masking.ratio=0.5"],
     "grid": ["masking.strategy=grid", "masking.ratio=0.75"],
-    "small images": ["masking.strategy=none"],
-    "cluster, rare words": [FREQUENT],
-    "random, rare words": ["masking.strategy=random", FREQUENT],
+    RESIZE: ["masking.strategy=none"],
+    "cluster+frequency": [*CLUSTER, *FREQUENCY],
+    "random+frequency": [*RANDOM, *FREQUENCY],
 }
-WHITE_LEVEL = 247  # a patch all of whose values are at least this is background
-ALREADY = 4  # batches that settle the threshold before hidden patches are counted
+WORD_COUNTS = "pkg:data/clipart/word_counts.json"
+WHITE_LEVEL = 247  # a patch all of whose values are at least this is background: white within 8 grey levels
 
 
 @dataclass(frozen=True)
@@ -37,15 +48,19 @@ class Background:
     """Shares of patches that are white background."""
 
     of_all: float
-    of_hidden: float | None  # None where nothing is hidden
+    of_hidden: float | None  # None where nothing is hidden, or without weights nobody knows what
+    needs_weights: bool = False
 
 
-def overrides_of(arm: str, more: dict[str, list[str]], steps: int, recipe: Recipe) -> list[str]:
-    """The recipe overrides of an arm; `more`: arms of the command line. Raises KeyError for an unknown one."""
-    if arm == "small images":
-        settings = f"{{name: small, duration: {steps} steps, set: {{image.size: {half_the_patches(recipe)}}}}}"
-        return [*ARMS[arm], "run.duration=null", f"phases=[{settings}]"]
-    return [*({**ARMS, **more}[arm]), f"run.duration={steps} steps"]
+def overrides_of(arm: Sequence[str], name: str, steps: int, text_tokens: int, recipe: Recipe) -> list[str]:
+    """The overrides of an arm for a run of so many steps; they replace the phases of the recipe."""
+    words = recipe.text_masking.frequencies or WORD_COUNTS
+    filled = [setting.replace("TEXT_TOKENS", str(text_tokens)).replace("WORD_COUNTS", words) for setting in arm]
+    if name != RESIZE:
+        return [*filled, "phases=[]", f"run.duration={steps} steps"]
+    # In a phase, because the recipe's own image.size is also the size of the evaluation, which stays.
+    phase = f"{{name: {RESIZE}, duration: {steps} steps, set: {{image.size: {half_the_patches(recipe)}}}}}"
+    return [*filled, f"phases=[{phase}]", "run.duration=null"]
 
 
 def half_the_patches(recipe: Recipe) -> int:
@@ -56,29 +71,46 @@ def half_the_patches(recipe: Recipe) -> int:
     return min(range(patch, recipe.image.size, patch), key=lambda size: abs((size // patch) ** 2 - whole / 2))
 
 
-def background_share(recipe_path: str, overrides: list[str], images: int) -> Background:
-    """Over so many training images with the recipe's crops, at the threshold that the first batches settle."""
-    recipe = load_recipe(recipe_path, overrides).recipe
+def background_shares(recipes: Mapping[str, Recipe], count: int) -> dict[str, Background]:
+    """By arm, over the first `count` training images with the recipe's crops; cluster masks at the threshold that
+    holds their mean ratio over these images."""
+    read: dict[str, tuple[Tensor, Tensor]] = {}
+    shares = {}
+    for arm, recipe in recipes.items():
+        (phase,) = phases(recipe)
+        which = repr((recipe.data, phase.image, recipe.run.seed, recipe.engine.batch_size))
+        if which not in read:
+            read[which] = first_images(recipe, phase, count)
+        shares[arm] = background_of(*read[which], recipe, phase)
+    return shares
+
+
+def first_images(recipe: Recipe, phase: ResolvedPhase, count: int) -> tuple[Tensor, Tensor]:
+    """images_NCHW and ordinal_N of the run's first samples, as its first epoch crops them."""
     tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
-    recipe = with_vocabulary(recipe, tokenizer)
-    (phase,) = phases(recipe)
-    assert recipe.model.patch_size
-    mask = MaskStage(phase.masking, phase.image, recipe.model.patch_size, recipe.run.seed)
-    loader = build_loader(recipe, tokenizer, 0, 1)
-    batches = ALREADY - (-images // recipe.engine.batch_size)
-    white = hidden = white_and_hidden = patches = 0
+    loader = build_loader(with_vocabulary(recipe, tokenizer), tokenizer, 0, 1)
+    images, ordinals, found = [], [], 0
     with closing(loader.batches(loader.initial_state(), phase.image, phase.text_masking)) as stream:
-        for number, (batch, _) in enumerate(itertools.islice(stream, batches)):
-            keep_BL = mask(batch.images_BCHW, batch.ordinal_B, batch.valid_B).keep_BL[batch.valid_B]
-            mask.advance(1 - float(keep_BL.double().mean()))
-            if number >= ALREADY:
-                white_BL = is_background(batch.images_BCHW[batch.valid_B], recipe.model.patch_size)
-                white, hidden = white + int(white_BL.sum()), hidden + int((~keep_BL).sum())
-                white_and_hidden += int((white_BL & ~keep_BL).sum())
-                patches += keep_BL.numel()
-    return Background(white / patches, white_and_hidden / hidden if hidden else None)
+        for batch, _ in stream:
+            images.append(batch.images_BCHW[batch.valid_B])
+            ordinals.append(batch.ordinal_B[batch.valid_B])
+            found += len(images[-1])
+            if found >= count:
+                return torch.cat(images)[:count], torch.cat(ordinals)[:count]
+    raise AssertionError("a loader goes on for ever")
 
 
-def is_background(images_BCHW: torch.Tensor, patch_size: int) -> torch.Tensor:
+def background_of(images_BCHW: Tensor, ordinal_B: Tensor, recipe: Recipe, phase: ResolvedPhase) -> Background:
+    assert recipe.model.patch_size
+    white_BL = is_background(images_BCHW, recipe.model.patch_size)
+    masking, of_all = phase.masking, float(white_BL.double().mean())
+    if masking.strategy == "cluster" and (masking.embedding_share or masking.embedding_share_end):
+        return Background(of_all, None, needs_weights=True)
+    stage = MaskStage(masking, phase.image, recipe.model.patch_size, recipe.run.seed)
+    hidden_BL = ~stage(images_BCHW, ordinal_B).keep_BL
+    return Background(of_all, float(white_BL[hidden_BL].double().mean()) if hidden_BL.any() else None)
+
+
+def is_background(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """bool [B, L]: patches that are white throughout."""
     return Pixels(images_BCHW, patch_size).patches_BLP.amin(dim=-1) >= WHITE_LEVEL

@@ -25,14 +25,6 @@ ORDINALS = torch.tensor([0, 5, 2**33 + 7])
 SEED = 11
 # Height and width that give few patches, by patch size.
 SIZES = {1: (4, 8), 2: (8, 12), 4: (16, 24), 8: (32, 48), 14: (56, 42), 16: (48, 80), 32: (64, 64)}
-    1: (4, 8),
-    2: (8, 12),
-    4: (16, 24),
-    8: (32, 48),
-    14: (56, 42),
-    16: (48, 80),
-    32: (64, 64),
-}  # height and width that give few patches, by patch size
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
