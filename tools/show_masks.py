@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--phase", metavar="NAME", help="of the recipe (default: the first, or that of the checkpoint)")
     parser.add_argument("--progress", type=float, metavar="P",
                         help="point of the phase for settings that move: 0 its first step, 1 its last "
-                        "(default: 0, or where the target ratio of the checkpoint is reached)")  # fmt: skip
+                        "(default: 0, or that of the checkpoint)")  # fmt: skip
     parser.add_argument("--ordinal", type=int, default=0, metavar="N",
                         help="number of the sample in a run; another one has other draws "
                         "(default: %(default)s)")  # fmt: skip
@@ -158,7 +158,7 @@ def read_settings(options: argparse.Namespace, overrides: Sequence[str]) -> Show
     check_needed(loaded)
     phase = options.phase or (phase_at(options.run, state["step"]) if options.run and recipe.phases else None)
     masking, image = phase_settings(recipe, phase)
-    progress = options.progress if options.progress is not None else progress_of(masking, state.get("masking", {}))
+    progress = options.progress if options.progress is not None else float(state.get("masking", {}).get("progress", 0))
     masking = masking_at(masking, progress)
     source = " ".join([str(options.run or options.recipe or RECIPE), *overrides])
     if recipe.phases:
@@ -224,14 +224,6 @@ def phase_settings(recipe: Recipe, name: str | None) -> tuple[Masking, Image]:
     )
     assert not faults  # the recipe was checked
     return sections["masking"], sections["image"]
-
-
-def progress_of(masking: Masking, state: dict[str, Any]) -> float:
-    """Where in its phase a checkpoint is, as far as its target ratio tells; else 0."""
-    target, end = state.get("target"), masking.ratio_end
-    if target is None or end is None or end == masking.ratio:
-        return 0.0
-    return min(max((target - masking.ratio) / (end - masking.ratio), 0.0), 1.0)
 
 
 def embedder(checkpoint: Path | None, masking: Masking, overrides: Sequence[str]) -> Embed:

@@ -3,7 +3,8 @@
 The pixels are read twice, once for the statistics and similarities and once, kept patches only, for the packed
 sequence, which is written once; standardised patches of the whole batch never exist. No function here waits for the
 device. What a schedule moves (anchors, least share, threshold) is an argument of the kernels, so that it does not
-compile them anew; image size, patch size, mean and std are constants.
+compile them anew, but for the anchors where their number passes a power of two; image size, patch size, mean and std
+are constants.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ class MaskStage:
         self.control = ThresholdController(masking.ratio, masking.min_ratio, masking.threshold)
         self.controls = self.clusters and masking.threshold is None
         self._stream: torch.cuda.Stream | None = None
+        self._progress = 0.0  # of the last batch
 
     @property
     def may_run_ahead(self) -> bool:
@@ -124,7 +125,7 @@ class MaskStage:
 
         The threshold is that of now: `advance` for the batch before comes first.
         """
-        masking = masking_at(self.masking, progress)
+        masking, self._progress = masking_at(self.masking, progress), progress
         pixels = Pixels(images_BCHW, self.patch_size)
         if self.fused or (self.fused is None and images_BCHW.is_cuda):
             return self._begin_fused(pixels, ordinal_B, valid_B, masking)
@@ -233,7 +234,8 @@ class MaskStage:
             self.control.update(ratio)
 
     def state(self) -> dict[str, float | None]:
-        return self.control.state()
+        """For a checkpoint; `progress` says to a reader how far the schedules are."""
+        return {**self.control.state(), "progress": self._progress}
 
     def load_state(self, state: dict[str, float | None]) -> None:
         self.control.load(state)

@@ -4,8 +4,8 @@ The first batches settle the threshold, the mean of what bisection finds on each
 controller follows slow drift: threshold += gain * (ratio - target). The gain is a tenth of what would correct an error
 at once, measured on the first batches, so the loop is overdamped and does not oscillate. The mean error over n steps is
 the threshold's net movement / (n * gain), hence goes to zero as 1/n. A target that moves by schedule moves the
-threshold at once by what the first batches say. Everything is computed from counts summed over ranks, so the threshold
-is the same at every world size.
+threshold at once by what the first batches say; other schedules (anchors, β, embeddings) are drift to it. Everything is
+computed from counts summed over ranks, so the threshold is the same at every world size.
 """
 
 from __future__ import annotations

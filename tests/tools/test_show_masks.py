@@ -115,8 +115,8 @@ def run(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def controlled(threshold: float | None, target: float = 0.5) -> dict[str, Any]:
-    return {"target": target, "threshold": threshold, "gain": 0.1}
+def controlled(threshold: float | None, progress: float = 0.0) -> dict[str, Any]:
+    return {"target": 0.5, "threshold": threshold, "gain": 0.1, "settled": 8, "progress": progress}
 
 
 def quickstart(*overrides: str) -> Recipe:
@@ -221,7 +221,7 @@ def test_a_run_is_shown_as_in_the_phase_of_its_checkpoint(step, image_size, phot
     moving = {"image.size": 64, "masking.ratio": 0.7, "masking.ratio_end": 0.5, "masking.min_ratio_end": 0.4}
     phases = [Phase("small", "150 steps", moving), Phase("large", "50 steps", {"masking.anchors": 5})]
     recipe = replace(load_recipe(RECIPE, ["run.duration=null"]).recipe, phases=phases)
-    folder = run(recipe, {step: controlled(0.5, target=0.65 if step == 100 else 0.5)})
+    folder = run(recipe, {step: controlled(0.5, progress=0.25 if step == 100 else 0.0)})
     rows = [{"step": 1, "phase": "small"}, {"step": 100, "phase": "small"}, {"step": 160, "phase": "large"}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (settings,) = show(photographs[0], "--run", str(folder)).settings
