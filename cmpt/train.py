@@ -152,7 +152,8 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     if state.recipe != fingerprint:
         raise CheckpointError("run.name: its newest checkpoint, or a copy, is of another recipe; choose another name")
     if state.data != loader.data_fingerprint:
-        raise CheckpointError("data.train: shards were added or removed since the checkpoint; start a new run")
+        changed = "data.train: shards, or the word counts of text_masking.frequencies, are not those of the checkpoint"
+        raise CheckpointError(f"{changed}; start a new run")
     position = LoaderState.from_json(state.loader) if state.loader else loader.initial_state()
     guard = LossGuard(recipe.guard, state.guard)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

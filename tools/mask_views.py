@@ -22,6 +22,11 @@ GRID_RATIO = 0.75  # what "grid" hides, whatever the recipe's ratio
 NEARLY_WHITE = 8  # grey levels below 255 that still count as white paper
 
 
+def is_background(pixels: Pixels) -> Tensor:
+    """bool [B, L]: patches that are white, or nearly, throughout."""
+    return pixels.patches_BLP.amin(dim=-1) >= 255 - NEARLY_WHITE
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the masks depend on, besides the images."""
@@ -113,7 +118,7 @@ def look(images_BCHW: Tensor, settings: Settings) -> tuple[float, list[View]]:
     each = [cluster.similarity(pixels, anchor_B1, cluster.masking) for anchor_B1 in anchors_BK.split(1, dim=1)]
     similarity_BKL = torch.stack(each, dim=1)
     cluster_BL = torch.where(similarity_BL > masked.threshold, similarity_BKL.argmax(dim=1), -1)
-    background_BL = (pixels.patches_BLP >= 255 - NEARLY_WHITE).all(dim=-1)
+    background_BL = is_background(pixels)
     views = []
     for b, anchors in enumerate(anchors_BK.tolist()):
         order, cluster_L = by_size(cluster_BL[b].tolist(), len(anchors))

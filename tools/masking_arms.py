@@ -16,6 +16,7 @@ from cmpt.recipe import phases
 from cmpt.recipe.phases import ResolvedPhase
 from cmpt.recipe.schema import Recipe
 from cmpt.train import build_loader
+from mask_views import is_background
 
 CLUSTER = [
     "masking.strategy=cluster",
@@ -40,7 +41,6 @@ ARMS = {
     "random+frequency": [*RANDOM, *FREQUENCY],
 }
 WORD_COUNTS = "pkg:data/clipart/word_counts.json"
-WHITE_LEVEL = 247  # a patch all of whose values are at least this is background: white within 8 grey levels
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,10 @@ def first_images(recipe: Recipe, phase: ResolvedPhase, count: int) -> tuple[Tens
 
 def background_of(images_BCHW: Tensor, ordinal_B: Tensor, recipe: Recipe, phase: ResolvedPhase) -> Background:
     assert recipe.model.patch_size
-    white_BL = is_background(images_BCHW, recipe.model.patch_size)
+    white_BL = is_background(Pixels(images_BCHW, recipe.model.patch_size))
     masking, of_all = phase.masking, float(white_BL.double().mean())
     if masking.strategy == "cluster" and (masking.embedding_share or masking.embedding_share_end):
         return Background(of_all, None, needs_weights=True)
     stage = MaskStage(masking, phase.image, recipe.model.patch_size, recipe.run.seed)
     hidden_BL = ~stage(images_BCHW, ordinal_B).keep_BL
     return Background(of_all, float(white_BL[hidden_BL].double().mean()) if hidden_BL.any() else None)
-
-
-def is_background(images_BCHW: Tensor, patch_size: int) -> Tensor:
-    """bool [B, L]: patches that are white throughout."""
-    return Pixels(images_BCHW, patch_size).patches_BLP.amin(dim=-1) >= WHITE_LEVEL

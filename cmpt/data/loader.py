@@ -70,7 +70,8 @@ class Loader:
     `samples_per_epoch` is the number of samples of all sources together: an epoch is as many slots. With one source,
     or weights in proportion to the sources' sizes, that is every sample once; with other weights, a source is seen
     weight share x samples_per_epoch / its own size times. `data_fingerprint` changes when shards are added, removed,
-    reordered or change their number of samples: a state then no longer means the same order.
+    reordered or change their number of samples, for a state then no longer means the same order; and with the table of
+    words that masks captions.
     """
 
     def __init__(
@@ -115,14 +116,16 @@ class Loader:
         # A stream is in one shard of each source at a time.
         self._reader = ShardReader(capacity=len(self._streams) * len(shards) + 2)
         self.samples_per_epoch = sum(order.samples for order in self._orders)
-        listing = "\n".join(
-            f"{number} {shard.name} {shard.count}" for number, source in enumerate(shards) for shard in source
-        )
-        self.data_fingerprint = hashlib.blake2b(listing.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
     def initial_state(self) -> LoaderState:
         """The beginning of the run, for this rank's streams."""
         return LoaderState.initial(self._streams, len(self._orders))
+
+    @property
+    def data_fingerprint(self) -> str:
+        lines = [f"{n} {shard.name} {shard.count}" for n, source in enumerate(self._shards) for shard in source]
+        lines += sorted({mask.table_digest for mask in self._text_masks.values()} - {""})
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
     def text_mask(self, settings: schema.TextMasking) -> TextMask:
         """The text masking of these settings, built once. Raises DataError for a table that cannot be used."""

@@ -38,6 +38,7 @@ class TextMask:
         """`settings` as check_recipe lets them pass. Raises DataError for a table of words that cannot be used."""
         self._strategy, self._threshold, self._seed = settings.strategy, settings.threshold, seed
         self._tokenizer = tokenizer
+        self.table_digest = ""
         if settings.strategy == "none":
             return
         if settings.tokens is None:
@@ -49,6 +50,7 @@ class TextMask:
         if settings.strategy == "frequency":
             assert settings.frequencies is not None
             self._table: WordCounts = read_word_counts(settings.frequencies)
+            self.table_digest = self._table.digest
             self._tokens_of_word = lru_cache(_WORDS_REMEMBERED)(lambda word: len(tokenizer.text_ids(word)))
         elif settings.strategy not in ("truncate", "random", "block"):
             raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class WordCounts:
     counts: Mapping[str, int]  # by counted form
     words_total: int  # of all captions, words that are not in `counts` included
     captions: int
+    digest: str = field(default="", compare=False)
+    """Of the file that it was read from."""
 
     def frequency(self, word: str) -> float | None:
         """The share of all words that are this one; None where the table does not have it."""
@@ -102,7 +105,8 @@ class _TableError(ValueError):
 
 @lru_cache(maxsize=2)  # phases mostly share a table, and that of a large data set takes seconds to read
 def _read(file: str, mtime_ns: int, size: int) -> WordCounts:
-    content = json.loads(Path(file).read_bytes().decode())
+    data = Path(file).read_bytes()
+    content = json.loads(data.decode())
     if not isinstance(content, dict):
         raise _TableError(f"it holds {type(content).__name__}, expected an object")
     if content.get("format") != TABLE_FORMAT:
@@ -119,7 +123,8 @@ def _read(file: str, mtime_ns: int, size: int) -> WordCounts:
     counted = sum(counts.values())
     if counted > content["words_total"]:
         raise _TableError(f"words_total is {content['words_total']}, less than the sum {counted} of its counts")
-    return WordCounts(counts, content["words_total"], content["captions"])
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return WordCounts(counts, content["words_total"], content["captions"], digest)
 
 
 def _is_count(value: Any) -> bool:

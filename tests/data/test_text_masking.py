@@ -396,3 +396,14 @@ def test_a_loader_refuses_a_bad_table_before_it_reads(make_loader, long_pattern,
     bad = TextMasking("frequency", 8, str(tmp_path / "bad.json"))
     with pytest.raises(DataError, match=r"text_masking\.frequencies: .*bad\.json"):
         make_loader(long_pattern, text_masking=bad)
+
+
+def test_another_table_of_words_is_other_data(make_loader, long_pattern, tmp_path) -> None:
+    path = tmp_path / "counts.json"
+    masks = TextMasking("frequency", 8, str(path))
+    found = []
+    for count in (3, 3, 4):
+        write_word_counts(path, WordCounts({"a": count}, 10, 5))
+        found.append(make_loader(long_pattern, text_masking=masks).data_fingerprint)
+    assert found[0] == found[1] != found[2]
+    assert make_loader(long_pattern).data_fingerprint not in found

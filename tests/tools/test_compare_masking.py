@@ -13,15 +13,16 @@ from PIL import Image as Pillow
 from test_train import TINY
 
 import compare_masking
+from cmpt.masking.patches import Pixels
 from cmpt.recipe import check_recipe, load_recipe, phases
 from compare_masking import Study, StudyError, main, own_arm, parse
+from mask_views import is_background
 from masking_arms import (
     ARMS,
     Background,
     background_of,
     background_shares,
     half_the_patches,
-    is_background,
     overrides_of,
 )
 from masking_results import COSTS, RESULTS, Result, background_table, by_arm, draw, load, read_run, table, title
@@ -167,7 +168,7 @@ def test_background_is_white_throughout_and_hidden_patches_are_counted() -> None
     images = torch.full((1, 3, 8, 24), 250, dtype=torch.uint8)
     images[0, 1, 3, 9] = 246  # more than 8 levels below white
     images[0, :, :, 16:] = 30
-    assert is_background(images, 8).tolist() == [[True, False, False]]
+    assert is_background(Pixels(images, 8)).tolist() == [[True, False, False]]
     recipe = load_recipe(RECIPE, overrides("none")).recipe
     images_BCHW, ordinal_B = images.repeat(40, 1, 1, 1), torch.arange(40)
     (phase,) = phases(recipe)

@@ -375,7 +375,7 @@ def test_anchors_have_colours_of_their_own(anchors) -> None:
         (["masking.ratio=2"], "masking.ratio = 2.0: must be >= 0 and < 1 (command line)"),
         (["masking.rato=0.2"], "masking.rato = 0.2: unknown key; did you mean masking.ratio?"),
         (["image.size=65"], "image.size = 65: must be a multiple of model.patch_size = 8"),
-        (["masking.strategy=scores", "masking.scores=no.such:thing"], "masking.scores = no.such:thing: cannot be"),
+        (["masking.strategy=scores", "masking.scores=no.such:thing"], 'masking.scores = "no.such:thing": cannot be'),
         (["masking.embedding_share=1"], "masking.embedding_share = 1: compares a model's embeddings; give --run"),
         (["--phase", "late"], "--phase: no phase 'late'; the recipe has no phases"),
     ],
