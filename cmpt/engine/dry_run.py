@@ -69,10 +69,19 @@ def dry_run(trained: Trained, recipe: Recipe, largest: LargestBatch) -> float:
         ids_U = torch.arange(pairs * largest.words, device=device) % recipe.model.vocab_size
         position_U = torch.arange(largest.words, device=device).repeat(pairs)
         text = PackedText(ids_U, position_U, list(repeat(largest.words, pairs)), order_B)
+        ahead = next_batch(largest, recipe.model.patch_size, trained) if device.type == "cuda" else []
         find_gradient(trained, images, text, None, recipe.loss, recipe.engine.micro_batch_size)
         sharded.discard(trained.engine)  # an overflow here says nothing about the loss scale
-        del moments
+        del moments, ahead
     return time.perf_counter() - began
+
+
+def next_batch(largest: LargestBatch, patch_size: int, trained: Trained) -> list[torch.Tensor]:
+    """What is on the device of the batch that is masked beside the step (engine/feed.py): its pixels and patches."""
+    patches, device = largest.grid[0] * largest.grid[1], trained.engine.device
+    pixels = torch.empty(largest.pairs * patches, 3 * patch_size**2, dtype=torch.uint8, device=device)
+    kept = (largest.pairs * largest.kept, 3 * patch_size**2)
+    return [pixels, torch.empty(kept, dtype=trained.clip.compute_dtype, device=device)]
 
 
 @contextmanager

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from conftest import RunCli
+from engine.small import IMAGE_SIZE, MODEL
 
-from cmpt.engine.dry_run import LargestBatch, OutOfMemoryError, largest_batch, memory_advice
+from cmpt.engine.build import build
+from cmpt.engine.dry_run import LargestBatch, OutOfMemoryError, largest_batch, memory_advice, next_batch
 from cmpt.masking.strategies import MaskStage, most_kept
+from cmpt.models.clip import CLIP
 from cmpt.recipe import phases
-from cmpt.recipe.schema import Engine, Image, Masking, Model, Phase, Recipe, Run, TextMasking
+from cmpt.recipe.schema import Engine, Image, Masking, Model, Optimizer, Phase, Recipe, Run, TextMasking
 
 SCRIPT = "tests/engine/guard_matrix.py"
 LARGEST = LargestBatch(pairs=64, grid=(4, 4), kept=11, words=32)
@@ -57,6 +60,13 @@ def test_a_schedule_counts_where_it_hides_least() -> None:
     assert most_kept(Masking(min_ratio=0.5, min_ratio_end=0.2, ratio=0.5), (5, 20)) == 80
     assert most_kept(Masking(strategy="centred", ratio=0.5, ratio_end=0.25), (10, 10)) == 75
     assert most_kept(Masking(strategy="grid", ratio=0.75), (3, 5)) == 6
+
+
+def test_the_next_batch_is_as_large_as_what_masking_makes_of_it(alone: None) -> None:
+    trained = build(CLIP(MODEL, IMAGE_SIZE, seed=0), Engine(batch_size=4), Optimizer(), 1, torch.device("cpu"))
+    pixels, patches = next_batch(LargestBatch(pairs=5, grid=(4, 6), kept=11, words=32), 8, trained)
+    assert pixels.nbytes == 5 * 3 * 32 * 48 and patches.shape == (55, 192)
+    assert patches.dtype == trained.clip.compute_dtype == torch.bfloat16
 
 
 def test_the_dry_run_is_as_large_as_the_largest_phase_that_is_left() -> None:
