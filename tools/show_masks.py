@@ -237,8 +237,7 @@ def embedder(checkpoint: Path | None, masking: Masking, overrides: Sequence[str]
 
     @torch.no_grad()
     def embed(patches_BLP: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        embeddings_BLD = patches_BLP @ visual.patch_embedding.weight.T
-        return embeddings_BLD + visual.positions(grid)[1:] if masking.embedding_positions else embeddings_BLD
+        return visual.patch_embeddings(patches_BLP, grid, torch.float32, masking.embedding_positions)
 
     return embed
 

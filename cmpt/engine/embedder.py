@@ -21,7 +21,6 @@ def patch_embedder(trained: Trained, positions: bool) -> Embed:
     @torch.no_grad()
     def embed(patches_BLP: Tensor, grid: tuple[int, int]) -> Tensor:
         with deepspeed.zero.GatheredParameters(weights, enabled=trained.engine.zero_optimization_stage() == 3):
-            embeddings_BLD = (patches_BLP.to(dtype) @ visual.patch_embedding.weight.to(dtype).T).float()
-            return embeddings_BLD + visual.positions(grid)[1:].float() if positions else embeddings_BLD
+            return visual.patch_embeddings(patches_BLP, grid, dtype, positions)
 
     return embed

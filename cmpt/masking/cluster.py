@@ -77,13 +77,13 @@ def nearest_anchor_similarity(similarity_BLK: Tensor, anchors_BK: Tensor) -> Ten
 def hidden_counts(similarity_BL: Tensor, threshold: float, min_ratio: float) -> Tensor:
     """How many patches each image loses at a threshold, after the top-up to β and the one that always stays: [B]."""
     patches = similarity_BL.shape[1]
-    least = min(least_hidden(patches, min_ratio), patches - 1)
-    return (similarity_BL > threshold).sum(dim=1).clamp(least, patches - 1)
+    return (similarity_BL > threshold).sum(dim=1).clamp(least_hidden(patches, min_ratio), patches - 1)
 
 
 def least_hidden(patches: int, min_ratio: float) -> int:
-    """The smallest number of patches that is at least β of them; immune to rounding such as 0.3 * 10 = 3.0000001."""
-    return int(-(-min_ratio * patches * (1 - 1e-9) // 1))
+    """The smallest number of patches that is at least β of them, but never all; immune to rounding such as
+    0.3 * 10 = 3.0000001."""
+    return min(int(-(-min_ratio * patches * (1 - 1e-9) // 1)), patches - 1)
 
 
 def keep_by_similarity(similarity_BL: Tensor, words_BL: Tensor, threshold: float, min_ratio: float) -> Tensor:

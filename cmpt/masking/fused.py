@@ -24,6 +24,7 @@ from cmpt.masking.fused_kernels import (
     similarity_kernel,
     words_kernel,
 )
+from cmpt.masking.patches import patch_grid
 from cmpt.ops.random import Purpose
 
 # Launch parameters: reasoned, and free of register spills for sm_90 up to 64 anchors, but not measured.
@@ -63,8 +64,7 @@ def _check(images_BCHW: Tensor, patch_size: int) -> tuple[int, int, int]:
     """B, H and W."""
     batch, channels, height, width = images_BCHW.shape
     assert images_BCHW.dtype == torch.uint8 and channels == 3 and images_BCHW.is_contiguous()
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image size {height}x{width}: each side must be a multiple of model.patch_size={patch_size}")
+    patch_grid(height, width, patch_size)
     return batch, height, width
 
 
@@ -155,7 +155,7 @@ def keep_patches(
         threshold_1 = torch.full((1,), threshold_1, dtype=torch.float32, device=device)
     keep_BL = torch.empty(batch, patches, dtype=torch.bool, device=device)
     kept_B = torch.empty(batch, dtype=torch.int32, device=device)
-    least, block = min(least_hidden(patches, min_ratio), patches - 1), _block(patches)
+    least, block = least_hidden(patches, min_ratio), _block(patches)
     keep_kernel[(batch,)](
         similarity_BL,
         ordinal_B,

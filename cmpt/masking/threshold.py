@@ -53,7 +53,7 @@ class ThresholdController:
 
         images, patches = similarity_BL.shape
         sorted_BL = similarity_BL.sort(dim=1).values
-        least = min(least_hidden(patches, self.min_ratio), patches - 1)
+        least = least_hidden(patches, self.min_ratio)
 
         def ratios(thresholds: list[float]) -> list[float]:
             at_BN = torch.tensor(thresholds, device=sorted_BL.device).expand(images, -1).contiguous()

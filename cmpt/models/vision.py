@@ -61,6 +61,13 @@ class VisionTower(nn.Module):
         sums_SD = patches_TD.new_zeros(sequences, patches_TD.shape[1]).index_add(0, sequence_T, patches_TD)
         return self.proj((sums_SD / counts[:, None]).to(dtype))
 
+    def patch_embeddings(
+        self, patches_BLP: Tensor, grid: tuple[int, int], dtype: torch.dtype, with_positions: bool
+    ) -> Tensor:
+        """What the tower makes of patches before its first block, multiplied in `dtype`: float32 [B, L, D]."""
+        embeddings_BLD = (patches_BLP.to(dtype) @ self.patch_embedding.weight.to(dtype).T).float()
+        return embeddings_BLD + self.positions(grid)[1:].float() if with_positions else embeddings_BLD
+
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid of patches [1 + L, D]; another grid than its own by bicubic interpolation."""
         if grid == self.grid:
