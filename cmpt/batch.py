@@ -23,11 +23,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rejection:
-    """One sample that could not be used: why, and which."""
+    """What could not be used, a sample or the rest of a shard: why, and which."""
 
     cause: str  # a fixed vocabulary, see data/validate.py: "missing_image", "broken_image", "empty_caption", ...
-    key: str  # "shard.tar/sample-key"
+    key: str  # "shard.tar/sample-key", or "shard.tar"
     detail: str = ""  # what the decoder or the check said
+    source: int = 0  # of data.train
+    samples: int = 1  # that are lost by it
 
 
 def _every_nth(lengths: list[int], first: int, step: int) -> Tensor:
@@ -101,4 +103,22 @@ class ImageTextBatch:
             text=self.text.to(device),
             ordinal_B=self.ordinal_B.to(device, non_blocking=True),
             valid_B=self.valid_B.to(device, non_blocking=True),
+        )
+
+    def pinned(self) -> ImageTextBatch:
+        """The same batch in page-locked host memory, from which `to` copies beside the step; what is there already, or
+        on a device, stays."""
+        text = replace(
+            self.text,
+            ids_U=self.text.ids_U.pin_memory(),
+            position_U=self.text.position_U.pin_memory(),
+            order_B=self.text.order_B.pin_memory(),
+        )
+        images = self.images_BCHW if self.images_BCHW.device.type != "cpu" else self.images_BCHW.pin_memory()
+        return replace(
+            self,
+            images_BCHW=images,
+            text=text,
+            ordinal_B=self.ordinal_B.pin_memory(),
+            valid_B=self.valid_B.pin_memory(),
         )

@@ -31,7 +31,8 @@ import torch
 from cmpt.batch import ImageTextBatch
 from cmpt.data.heldout import HeldoutSet
 from cmpt.data.loader import Loader, batch_digest
-from cmpt.data.shards import open_shards
+from cmpt.data.places import Stall
+from cmpt.data.shards import Ranks, open_sources
 from cmpt.data.streams import LoaderState
 from cmpt.data.tokenizer import Tokenizer, open_tokenizer, with_vocabulary
 from cmpt.data.validate import DataError
@@ -62,8 +63,6 @@ from cmpt.models.pretrained import load_pretrained
 from cmpt.monitor.guard import LossGuard, TrainingDivergedError
 from cmpt.monitor.meters import Meters, peak_memory_bytes
 from cmpt.monitor.monitor import Monitor
-from cmpt.monitor.pictures import mask_grid, query_grid
-from cmpt.monitor.report import write_report
 from cmpt.monitor.watchdog import Watchdog, WatchdogError
 from cmpt.ops.attention import attention_backend
 from cmpt.recipe import RecipeError, check_recipe, load_recipe, phases, recipe_fingerprint
@@ -71,6 +70,7 @@ from cmpt.recipe.schema import Recipe
 from cmpt.remedies import Remedies
 
 _MASKS_SHOWN = 12
+_QUIET_INDEXING_S = 5.0
 _DATA_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring it back sooner
 _SAME_ON_ALL_RANKS = (FormatError, RecipeError, TrainingDivergedError, WatchdogError)
 _USER_ERRORS = (*_SAME_ON_ALL_RANKS, CheckpointError, DataError, OutOfMemoryError)
@@ -127,7 +127,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     folder = run_folder(recipe)
     tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
     recipe = with_vocabulary(recipe, tokenizer)
-    loader = build_loader(recipe, tokenizer, rank, world_size)
+    loader = build_loader(recipe, tokenizer, rank, world_size, device)
     suite = build_suite(recipe, tokenizer, rank, world_size, device)
     plan = Plan(recipe, loader.samples_per_epoch)
     for planned in plan.phases:
@@ -176,6 +176,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             watch.at("dry run", state.step, patient=True)
             checkpoints.reserve(trained)  # what the first checkpoint will need in host memory
             rehearse(trained, recipe, plan, state.step, world_size, monitor)
+        if state.step == 0:
+            state.skip(loader.shard_faults)
+            monitor.skips(0, loader.shard_faults)
         stop_signal = 0
         for planned in plan.remaining(state.step):
             phase = planned.phase
@@ -188,7 +191,8 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             guard.begin(phase.name)
             watch.begin_phase()
             watch.at("data", state.step, patient=True)
-            with closing(loader.batches(position, phase.image, phase.text_masking)) as batches:
+            stalled = partial(report_stall, monitor, state, rank)
+            with closing(loader.batches(position, phase.image, phase.text_masking, stalled)) as batches:
                 came = partial(watch.at, "mask")
                 feed = Feed(meters.waiting(batches), mask, planned, state.step, device, came)
                 for batch, position, masked in feed:
@@ -221,8 +225,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     state.advance(mask.state(), counts.rejections)
                     state.image_size = phase.image.size
                     meters.add(counts, traffic.take())
-                    for skip in counts.rejections:
-                        monitor.event("skip", state.step, cause=skip.cause, key=skip.key, detail=skip.detail)
+                    monitor.skips(state.step, counts.rejections)
                     if refusal:
                         watch.at("refused batch", state.step, patient=True)
                         remedies.refused(refusal, batch, result)
@@ -253,6 +256,8 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             report_checkpoints(checkpoints, monitor, meters)
         if primary:
             try:
+                from cmpt.monitor.report import write_report  # matplotlib is a fifth of the start's imports
+
                 write_report(folder)
             except OSError as error:
                 monitor.event("warning", state.step, text=f"report.html could not be written: {error}")
@@ -286,11 +291,26 @@ def report_checkpoints(checkpoints: Checkpoints, monitor: Monitor, meters: Meter
             monitor.event("warning", report.step, text=report.fault)
 
 
-def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int) -> Loader:
+def report_stall(monitor: Monitor, state: TrainState, rank: int, stall: Stall) -> None:
+    text = f"rank {rank} {stall}"
+    monitor.event("warning", state.step, text=text, **stall._asdict())
+    if rank:  # only the first one has events
+        print(text, file=sys.stderr, flush=True)
+
+
+def build_loader(
+    recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int, device: torch.device | None = None
+) -> Loader:
+    quiet_until = time.monotonic() + _QUIET_INDEXING_S
+
+    def indexed(source: str, done: int, count: int) -> None:
+        if rank == 0 and (done == count or time.monotonic() > quiet_until):
+            print(f"{source}: indexed {done:,} of {count:,} shards", file=sys.stderr, flush=True)
+
     loader = Loader(
         recipe.data,
         recipe.image,
-        shards=[open_shards(source.urls, recipe.data) for source in recipe.data.train],
+        shards=open_sources(recipe.data, Ranks(rank, world_size, gather_objects), indexed),
         tokenizer=tokenizer,
         context_length=recipe.model.context_length,
         seed=recipe.run.seed,
@@ -298,6 +318,8 @@ def build_loader(recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: in
         rank=rank,
         world_size=world_size,
         text_masking=recipe.text_masking,
+        decode=recipe.decode,
+        device=device,
     )
     for phase in phases(recipe) if recipe.phases else []:
         loader.text_mask(phase.text_masking)  # a broken table ends the run now, not when its phase begins
@@ -310,7 +332,7 @@ def build_suite(
     """The evaluation on data.heldout, or None where the recipe names no held-out shards."""
     if not recipe.data.heldout:
         return None
-    heldout = HeldoutSet(recipe.data.heldout, recipe.data, recipe.image)
+    heldout = HeldoutSet(recipe.data.heldout, recipe.data, recipe.image, Ranks(rank, world_size, gather_objects))
     return HeldoutSuite(heldout, tokenizer, recipe, rank, world_size, device)
 
 
@@ -362,6 +384,8 @@ def evaluate(
     results, embeddings = suite.evaluate(trained.clip)
     monitor.evaluation(step, results)
     if trained.engine.global_rank == 0:
+        from cmpt.monitor.pictures import mask_grid, query_grid  # matplotlib is a fifth of the start's imports
+
         shown = batch.valid_B.nonzero()[:_MASKS_SHOWN, 0]
         images_NHWC = batch.images_BCHW[shown].permute(0, 2, 3, 1).cpu().numpy()
         keep_NL = masked.keep_BL[shown].cpu().numpy()

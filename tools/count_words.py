@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> tuple[Path, Tally]:
     output = Path(resolve_path(named))
     if not output.parent.is_dir():  # said before hours of counting, not after
         raise DataError(f"--output: no such folder: {output.parent}")
-    shards = {shard.path: shard for source in recipe.data.train for shard in open_shards(source.urls, recipe.data)}
+    shards = {shard.url: shard for source in recipe.data.train for shard in open_shards(source.urls, recipe.data)}
     tally = count(list(shards.values()), recipe.data, options.workers, report=_progress(len(shards)))
     kept = {word: count for word, count in tally.words.items() if count >= options.least_count}
     if not kept:
@@ -137,7 +137,7 @@ def _parts(shards: Sequence[Shard], counted: Callable[[Shard], Tally], workers: 
 
 def count_shard(data: Data, shard: Shard) -> Tally:
     """The captions of one shard, in the order of the tar."""
-    tally, reader = Tally(), ShardReader(capacity=1)
+    tally, reader = Tally(), ShardReader(1, data)
     for place in range(shard.count):
         tally.samples += 1
         try:

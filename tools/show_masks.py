@@ -33,8 +33,9 @@ import torch
 from numpy.typing import NDArray
 
 from cmpt.data.decode import decode_upright, heldout_pixels
-from cmpt.data.shards import Members, build_index
-from cmpt.data.validate import Cause, DataError, UnusableError, examine_image
+from cmpt.data.samples import read_image
+from cmpt.data.shards import ShardReader, open_shards
+from cmpt.data.validate import DataError, UnusableError, examine_image
 from cmpt.engine.manifest import STATE, CheckpointError, newest_sound
 from cmpt.masking.strategies import Embed, masking_at
 from cmpt.ops.random import Purpose, permutation
@@ -254,36 +255,27 @@ def read_input(given: str, data: Data, count: int, seed: int | None) -> list[Pic
 
 def read_shard(path: Path, data: Data, count: int, seed: int | None) -> list[Picture]:
     """Its first images that can be used, or with a seed the first in a random order; the others are told."""
-    index = build_index(path, str(path))
-    places = range(len(index)) if seed is None else permutation(seed, 0, Purpose.MEMBER_ORDER, len(index)).tolist()
+    (shard,) = open_shards([str(path)], data, str(path))
+    reader = ShardReader(1, data)
+    places = range(shard.count) if seed is None else permutation(seed, 0, Purpose.MEMBER_ORDER, shard.count).tolist()
     pictures: list[Picture] = []
     faults: list[str] = []
-    with path.open("rb") as file:
-        for place in places:
-            members = index.sample(place)
-            try:
-                picture = Picture(f"{path}/{members.key.replace('/', '_')}", _image(file, members, data))
-                view_of(picture, data, 1)
-            except UnusableError as error:
-                faults.append(f"{path}/{members.key}: left out, {error}")
-                continue
-            pictures.append(picture)
-            if len(pictures) == count:
-                break
+    for place in places:
+        members = reader.members(shard, place)
+        try:
+            picture = Picture(f"{path}/{members.key.replace('/', '_')}", read_image(reader, shard, members, data))
+            view_of(picture, data, 1)
+        except UnusableError as error:
+            faults.append(f"{path}/{members.key}: left out, {error}")
+            continue
+        pictures.append(picture)
+        if len(pictures) == count:
+            break
     if not pictures:
         raise DataError(f"{path}: holds no image that can be used; first {faults[0]}")
     for fault in faults:
         print(fault)
     return pictures
-
-
-def _image(file: Any, members: Members, data: Data) -> bytes:
-    extension = next((name for name in data.image_extensions if name in members.extents), None)
-    if extension is None:
-        raise UnusableError(Cause.MISSING_IMAGE, f"members: {', '.join(members.extents)}")
-    offset, size = members.extents[extension]
-    file.seek(offset)
-    return file.read(size)
 
 
 def view_of(picture: Picture, data: Data, size: int) -> NDArray[np.uint8]:

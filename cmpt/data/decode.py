@@ -2,7 +2,8 @@
 
 simplejpeg for JPEG; Pillow for what it refuses (CMYK, slight damage) and for other formats; then torch's uint8
 bicubic interpolation with antialiasing, on the window only. Nothing here starts torch's own threads: arrays are
-cropped and copied with numpy, because a torch copy of this size opens an OpenMP team in every worker.
+cropped and copied with numpy, because a torch copy of this size opens an OpenMP team in every worker. And there are few
+calls: after each decode the caches hold pixels, and the smallest call of torch costs 10 µs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import PIL.ImageOps
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import interpolate
+from torch import Tensor
 
 from cmpt.data.validate import Cause, ImageHeader, UnusableError, one_line
 from cmpt.ops.random import Purpose, uniform
@@ -27,6 +28,8 @@ _ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _FLIP, _TOP, _LEFT, _FIRST_ATTEMPT = 0, 1, 2, 3
 _DRAWS = _FIRST_ATTEMPT + 2 * _ATTEMPTS
 _WHITE = (255, 255, 255)
+# What torch.nn.functional.interpolate calls, for an output that is there already.
+_bicubic = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 class Window(NamedTuple):
@@ -37,6 +40,21 @@ class Window(NamedTuple):
     height: int
     width: int
     flip: bool  # mirror left to right after cropping
+
+
+class Encoded(NamedTuple):
+    """One image of a batch, before it is decoded."""
+
+    data: bytes
+    header: ImageHeader
+    draws: NDArray[np.float64]  # its row of `crop_draws`
+
+
+class DecodedBatch(NamedTuple):
+    """What a decoder makes of a batch."""
+
+    images_BCHW: Tensor  # uint8; on the CPU, or on the GPU that decoded it
+    refused: dict[int, UnusableError]  # rows that no decoder took; their pixels are 0
 
 
 def crop_draws(seed: int, ordinal_B: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -50,17 +68,20 @@ def crop_window(draws: NDArray[np.float64], height: int, width: int, image: sche
     Ten attempts at an area share and a log-uniform aspect ratio; if none fits, the largest central crop whose
     aspect ratio is allowed. Unused draws cost nothing: which ones are used never shifts those of another sample.
     """
-    flip = image.flip and bool(draws[_FLIP] < 0.5)
+    values = draws.tolist()
+    flip = image.flip and values[_FLIP] < 0.5
     (low_scale, high_scale), (low_ratio, high_ratio) = image.crop_scale, image.crop_ratio
     log_low, log_high = math.log(low_ratio), math.log(high_ratio)
-    for attempt in range(_ATTEMPTS):
-        area_draw, ratio_draw = draws[_FIRST_ATTEMPT + 2 * attempt : _FIRST_ATTEMPT + 2 * attempt + 2].tolist()
-        area = height * width * (low_scale + area_draw * (high_scale - low_scale))
-        ratio = math.exp(log_low + ratio_draw * (log_high - log_low))
+    too_high, too_wide = (height + 1) ** 2, (width + 1) ** 2
+    for attempt in range(_FIRST_ATTEMPT, _DRAWS, 2):
+        area = height * width * (low_scale + values[attempt] * (high_scale - low_scale))
+        ratio = math.exp(log_low + values[attempt + 1] * (log_high - log_low))
+        if area * ratio > too_wide or area > too_high * ratio:  # most attempts, where the scale is near 1
+            continue
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(draws[_TOP] * (height - crop_height + 1))
-            left = int(draws[_LEFT] * (width - crop_width + 1))
+            top = int(values[_TOP] * (height - crop_height + 1))
+            left = int(values[_LEFT] * (width - crop_width + 1))
             return Window(top, left, crop_height, crop_width, flip)
     crop_height, crop_width = height, width
     if width / height < low_ratio:
@@ -71,14 +92,26 @@ def crop_window(draws: NDArray[np.float64], height: int, width: int, image: sche
 
 
 def train_pixels(
-    data: bytes, header: ImageHeader, draws: NDArray[np.float64], image: schema.Image
+    data: bytes,
+    header: ImageHeader,
+    draws: NDArray[np.float64],
+    image: schema.Image,
+    out_CHW: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """A training view: uint8 [C, H, W]. Raises `UnusableError` (decode_failed)."""
+    """A training view: uint8 [C, H, W], written to `out_CHW` where that is given, which saves a copy.
+
+    Raises `UnusableError` (decode_failed).
+    """
     pixels_HWC = decode_upright(data, header)
-    window = crop_window(draws, pixels_HWC.shape[0], pixels_HWC.shape[1], image)
-    crop_HWC = pixels_HWC[window.top : window.top + window.height, window.left : window.left + window.width]
-    resized_CHW = resize(crop_HWC, image.size, image.size)
-    return resized_CHW[:, :, ::-1] if window.flip else resized_CHW
+    top, left, height, width, flip = crop_window(draws, pixels_HWC.shape[0], pixels_HWC.shape[1], image)
+    crop_HWC = pixels_HWC[top : top + height, left : left + width]
+    if not flip:
+        return resize(crop_HWC, image.size, image.size, out_CHW)
+    mirrored_CHW = resize(crop_HWC, image.size, image.size)[:, :, ::-1]
+    if out_CHW is None:
+        return mirrored_CHW
+    out_CHW[:] = mirrored_CHW
+    return out_CHW
 
 
 def heldout_pixels(data: bytes, header: ImageHeader, size: int) -> NDArray[np.uint8]:
@@ -94,12 +127,18 @@ def heldout_pixels(data: bytes, header: ImageHeader, size: int) -> NDArray[np.ui
     return resized_CHW[:, top : top + size, left : left + size]
 
 
-def resize(pixels_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Bicubic with antialiasing, in integers: uint8 [C, height, width] (a view with channels innermost)."""
+def resize(
+    pixels_HWC: NDArray[np.uint8], height: int, width: int, out_CHW: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Bicubic with antialiasing, in integers: uint8 [C, height, width], in `out_CHW` (contiguous) where given."""
+    if out_CHW is None:
+        out_CHW = np.empty((3, height, width), dtype=np.uint8)
     if pixels_HWC.shape[:2] == (height, width):
-        return pixels_HWC.transpose(2, 0, 1)
-    pixels_1CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)[None]
-    return interpolate(pixels_1CHW, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
+        out_CHW[:] = pixels_HWC.transpose(2, 0, 1)
+    else:
+        pixels_1CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC).transpose(2, 0, 1)[None])
+        _bicubic(pixels_1CHW, (height, width), False, out=torch.from_numpy(out_CHW[None]))
+    return out_CHW
 
 
 def decode_upright(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cmpt.batch import Rejection
 from cmpt.data.decode import heldout_pixels
 from cmpt.data.samples import Sample, read_sample, sample_key
-from cmpt.data.shards import ShardReader, open_shards
+from cmpt.data.shards import Ranks, ShardReader, open_shards
 from cmpt.data.validate import DataError, UnusableError
 from cmpt.recipe import schema
 
@@ -50,16 +50,20 @@ class HeldoutSet:
     Reads and checks every sample once at the start, on every rank alike, so `len` and `rejections` agree everywhere.
     """
 
-    def __init__(self, urls: Sequence[str], data: schema.Data, image: schema.Image) -> None:
-        """Raises `DataError` where a shard is broken or no sample can be used."""
+    def __init__(self, urls: Sequence[str], data: schema.Data, image: schema.Image, ranks: Ranks | None = None) -> None:
+        """`ranks`: the processes that make the same set at the same time.
+
+        Raises `DataError` where no sample can be used, FetchError where a shard that was indexed cannot be had.
+        """
         self._data, self._image = data, image
-        self._shards = shards = open_shards(urls, data)
-        self._reader = ShardReader(_OPEN_SHARDS)
+        self._shards = shards = open_shards(urls, data, "data.heldout", ranks or Ranks())
+        self._reader = ShardReader(_OPEN_SHARDS, data)
         places = [(unit, member) for unit, shard in enumerate(shards) for member in range(shard.count)]
         with ThreadPoolExecutor(data.workers, thread_name_prefix="cmpt-heldout") as pool:
             faults = list(pool.map(self._fault, places))
-        self.rejections = [fault for fault in faults if fault is not None]
-        """Samples left out because a check failed."""
+        broken = [Rejection(shard.fault.cause, shard.name, shard.fault.detail) for shard in shards if shard.fault]
+        self.rejections = broken + [fault for fault in faults if fault is not None]
+        """Samples left out because a check failed, and shards of which something could not be read."""
         self._places = [place for place, fault in zip(places, faults, strict=True) if fault is None]
         if not self._places:
             raise DataError(f"data.heldout: none of {len(places)} samples can be used, first: {self.rejections[:3]}")

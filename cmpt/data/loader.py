@@ -7,12 +7,12 @@ contents depend on the state alone, never on threads or on how far ahead the pro
 from __future__ import annotations
 
 import hashlib
+import itertools
 import queue
 import threading
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 
 import numpy as np
@@ -20,48 +20,26 @@ import torch
 from numpy.typing import NDArray
 
 from cmpt.batch import ImageTextBatch, Rejection
-from cmpt.data.captions import choose_caption
-from cmpt.data.decode import crop_draws, train_pixels
-from cmpt.data.samples import Sample, read_sample, sample_key
+from cmpt.data.decode import Encoded, crop_draws
+from cmpt.data.decoders import Decoder, open_decoder
+from cmpt.data.places import Places, Stall
+from cmpt.data.rows import DIGEST_BYTES, StreamFiller, StreamRows
 from cmpt.data.shards import Shard, ShardReader
-from cmpt.data.streams import Candidate, LoaderState, Position, SourceOrder, draw_sources, owned_streams
+from cmpt.data.streams import LoaderState, SourceOrder, draw_sources, owned_streams
 from cmpt.data.text_masking import TextMask
 from cmpt.data.tokenizer import Tokenizer, pack_captions
-from cmpt.data.validate import DataError, UnusableError
+from cmpt.data.validate import DataError
 from cmpt.ops.random import Purpose, uniform
 from cmpt.recipe import schema
 
-_MOST_REJECTED_IN_A_ROW = 10_000
-_DECODE_CHUNK = 8  # rows per task at most: a task costs about 30 µs, a small image 200 µs
-_DIGEST_BYTES = 16
+_CAPTION_CHUNK = 64  # rows per task
 
 Item = tuple[ImageTextBatch, LoaderState]
 
 
 def batch_digest(stream_digests: Iterable[bytes]) -> str:
     """One digest of a global batch from those of all streams, in stream order."""
-    return hashlib.blake2b(b"".join(stream_digests), digest_size=_DIGEST_BYTES).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A slot filled: the sample that has it and the caption it visits with."""
-
-    sample: Sample
-    caption: str
-    identity: bytes  # source, shard and key
-
-
-@dataclass(frozen=True)
-class _StreamRows:
-    """What one stream gives to one batch."""
-
-    rows: list[_Row]
-    positions: tuple[Position, ...]  # per source, behind the last row
-    rejections: list[Rejection]
-
-    def digest(self) -> bytes:
-        return hashlib.blake2b(b"\0".join(row.identity for row in self.rows), digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(b"".join(stream_digests), digest_size=DIGEST_BYTES).hexdigest()
 
 
 class Loader:
@@ -87,11 +65,15 @@ class Loader:
         rank: int,
         world_size: int,
         text_masking: schema.TextMasking | None = None,
+        decode: schema.Decode | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """`shards`: per source of data.train, from `open_shards`. `batch_size`: global, in samples.
-        `context_length` must be the tokenizer's. `text_masking`: null for none.
+        `context_length` must be the tokenizer's. `text_masking`: null for none. `decode`, and the `device` that the
+        batches are for: null for the CPU.
 
-        Raises ValueError where sizes do not divide, DataError for a table of words that cannot be used.
+        Raises ValueError where sizes do not divide, DataError for a table of words that cannot be used and for a source
+        of fewer samples than streams.
         """
         if not data.train:
             raise ValueError("data.train must name at least one source, got none")
@@ -101,7 +83,7 @@ class Loader:
         if tokenizer.context_length != context_length:
             raise ValueError(f"model.context_length is {context_length}, the tokenizer's is {tokenizer.context_length}")
         self._data, self._image, self._tokenizer, self._seed = data, image, tokenizer, seed
-        self._shards = shards
+        self.shards = shards
         self._batch_size = batch_size
         self._streams = owned_streams(data.streams, rank, world_size)
         self._rows_per_stream = batch_size // data.streams
@@ -110,11 +92,26 @@ class Loader:
             SourceOrder(seed, number, [shard.count for shard in source], data.streams)
             for number, source in enumerate(shards)
         ]
+        for number, order in enumerate(self._orders):
+            if order.samples < data.streams:
+                raise DataError(
+                    f"data.train.{number} ({data.train[number].urls[0]}): holds {order.samples} samples, fewer than "
+                    f"data.streams = {data.streams}"
+                )
+        self.shard_faults = [
+            Rejection(shard.fault.cause, shard.name, shard.fault.detail, number)
+            for number, source in enumerate(shards)
+            for shard in source
+            if shard.fault
+        ]
+        """What was found wrong with shards as a whole; not part of any batch."""
+        self._decode, self._device = decode or schema.Decode("cpu"), device or torch.device("cpu")
+        self._places = Places()
         self._text_masks: dict[tuple[object, ...], TextMask] = {}
         self._text_masking = text_masking or schema.TextMasking()
         self.text_mask(self._text_masking)
         # A stream is in one shard of each source at a time.
-        self._reader = ShardReader(capacity=len(self._streams) * len(shards) + 2)
+        self.reader = ShardReader(len(self._streams) * len(shards) + 2, data)
         self.samples_per_epoch = sum(order.samples for order in self._orders)
 
     def initial_state(self) -> LoaderState:
@@ -123,9 +120,9 @@ class Loader:
 
     @property
     def data_fingerprint(self) -> str:
-        lines = [f"{n} {shard.name} {shard.count}" for n, source in enumerate(self._shards) for shard in source]
+        lines = [f"{n} {shard.name} {shard.count}" for n, source in enumerate(self.shards) for shard in source]
         lines += sorted({mask.table_digest for mask in self._text_masks.values()} - {""})
-        return hashlib.blake2b("\n".join(lines).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
     def text_mask(self, settings: schema.TextMasking) -> TextMask:
         """The text masking of these settings, built once. Raises DataError for a table that cannot be used."""
@@ -139,9 +136,10 @@ class Loader:
         state: LoaderState,
         image: schema.Image | None = None,
         text_masking: schema.TextMasking | None = None,
+        stalled: Callable[[Stall], None] = lambda stall: None,
     ) -> Generator[Item, None, None]:
         """Yields (batch, state behind it) for ever, from `state` on; `image` and `text_masking` where a phase changes
-        them.
+        them. `stalled` is told when a batch has been waited for longer than data.stall_s, and again after twice that.
 
         Closing the iterator, or an error on either side, ends all threads. What a worker raises is raised here.
         """
@@ -153,9 +151,12 @@ class Loader:
         sources = {len(cursor) for cursor in state.cursors.values()}
         if sources != {len(self._orders)}:
             raise ValueError(f"data.train has {len(self._orders)} sources, the loader state is of {max(sources)}")
-        return self._consume(state, image or self._image, self.text_mask(text_masking or self._text_masking))
+        text_mask = self.text_mask(text_masking or self._text_masking)
+        return self._consume(state, image or self._image, text_mask, stalled)
 
-    def _consume(self, state: LoaderState, image: schema.Image, text_mask: TextMask) -> Generator[Item, None, None]:
+    def _consume(
+        self, state: LoaderState, image: schema.Image, text_mask: TextMask, stalled: Callable[[Stall], None]
+    ) -> Generator[Item, None, None]:
         finished: queue.Queue[Item | BaseException] = queue.Queue(maxsize=max(1, self._data.prefetch_batches))
         stop = threading.Event()
         # A daemon, so that an error which leaves the iterator unclosed cannot keep the process from ending.
@@ -165,15 +166,28 @@ class Loader:
         producer.start()
         try:
             while True:
-                item = finished.get()
+                item = self._next(finished, stalled)
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
             stop.set()
+            self.reader.end_fetches()
             while not finished.empty():  # makes room for the one `put` in which the producer may wait
                 finished.get_nowait()
             producer.join()
+
+    def _next(
+        self, finished: queue.Queue[Item | BaseException], stalled: Callable[[Stall], None]
+    ) -> Item | BaseException:
+        waited, patience = 0.0, self._data.stall_s
+        while True:
+            try:
+                return finished.get(timeout=patience)
+            except queue.Empty:
+                waited += patience
+                patience = waited
+                stalled(self._places.stall(waited))
 
     def _produce(
         self,
@@ -184,89 +198,65 @@ class Loader:
         stop: threading.Event,
     ) -> None:
         try:
+            decoder = open_decoder(
+                self._decode,
+                image,
+                batch_size=self._rows_per_stream * len(self._streams),
+                workers=self._data.workers,
+                device=self._device,
+                places=self._places,
+            )
             pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="cmpt-data")
             try:
-                candidates = {
-                    stream: [
-                        order.candidates(stream, position)
-                        for order, position in zip(self._orders, state.cursors[stream], strict=True)
-                    ]
-                    for stream in self._streams
-                }
-                decode = partial(_Decoding, pool, self._data.workers, image, text_mask, self._seed)
-                decoding: _Decoding | None = None
-                while not stop.is_set():
-                    ordinal_B, streams = self._read(pool, state, candidates)
-                    state = LoaderState(
-                        state.step + 1, dict(zip(self._streams, (part.positions for part in streams), strict=True))
-                    )
-                    upcoming = decode(streams, ordinal_B, state)
-                    if decoding is not None:
-                        finished.put(decoding.finish())
-                    decoding = upcoming
+                self._produce_with(pool, decoder, state, text_mask, finished, stop)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+                decoder.close()
         except BaseException as error:
             finished.put(error)
 
+    def _produce_with(
+        self,
+        pool: ThreadPoolExecutor,
+        decoder: Decoder,
+        state: LoaderState,
+        text_mask: TextMask,
+        finished: queue.Queue[Item | BaseException],
+        stop: threading.Event,
+    ) -> None:
+        shared = (self._orders, self.shards, self.reader, self._data, self._places)
+        fillers = [StreamFiller(stream, state.cursors[stream], *shared) for stream in self._streams]
+        decode = partial(_Decoding, pool, decoder, self._places, text_mask, self._seed)
+        decoding: _Decoding | None = None
+        while not stop.is_set():
+            ordinal_B, streams = self._read(pool, state.step, fillers)
+            state = LoaderState(
+                state.step + 1, dict(zip(self._streams, (part.positions for part in streams), strict=True))
+            )
+            upcoming = decode(streams, ordinal_B, state)
+            if decoding is not None:
+                finished.put(decoding.finish(self._device.type == "cuda"))
+            decoding = upcoming
+
     def _read(
-        self, pool: ThreadPoolExecutor, state: LoaderState, candidates: dict[int, list[Iterator[Candidate]]]
-    ) -> tuple[NDArray[np.int64], list[_StreamRows]]:
+        self, pool: ThreadPoolExecutor, step: int, fillers: list[StreamFiller]
+    ) -> tuple[NDArray[np.int64], list[StreamRows]]:
         """Fills every slot of this rank: within a stream one after the other, the streams in parallel."""
         count = self._rows_per_stream
-        first = state.step * self._batch_size + self._streams.start * count
-        ordinal_B = np.arange(first, first + len(self._streams) * count, dtype=np.int64)
+        first = step * self._batch_size + self._streams.start * count
+        ordinal_B = np.arange(first, first + len(fillers) * count, dtype=np.int64)
         source_B = draw_sources(self._seed, ordinal_B, self._weights)
         caption_draw_B = uniform(self._seed, ordinal_B, Purpose.CAPTION, 1)[:, 0]
         tasks = [
-            pool.submit(
-                self._fill,
-                candidates[stream],
-                state.cursors[stream],
-                source_B[nth * count : (nth + 1) * count].tolist(),
-                caption_draw_B[nth * count : (nth + 1) * count].tolist(),
-            )
-            for nth, stream in enumerate(self._streams)
+            pool.submit(filler.fill, source_B[rows].tolist(), caption_draw_B[rows].tolist())
+            for filler, rows in zip(fillers, _slices(count), strict=False)
         ]
         return ordinal_B, [task.result() for task in tasks]
 
-    def _fill(
-        self,
-        candidates: list[Iterator[Candidate]],
-        cursor: tuple[Position, ...],
-        sources: list[int],
-        caption_draws: list[float],
-    ) -> _StreamRows:
-        positions = list(cursor)
-        rows: list[_Row] = []
-        rejections: list[Rejection] = []
-        for source, caption_draw in zip(sources, caption_draws, strict=True):
-            before = len(rejections)
-            while True:
-                candidate = next(candidates[source])
-                positions[source] = candidate.after
-                shard = self._shards[source][candidate.unit]
-                members = self._reader.members(shard, candidate.member)
-                try:
-                    sample = read_sample(self._reader, shard, members, self._data)
-                except UnusableError as error:
-                    rejections.append(Rejection(error.cause, sample_key(shard, members), error.detail))
-                    if len(rejections) - before >= min(self._orders[source].samples, _MOST_REJECTED_IN_A_ROW):
-                        raise _hopeless(source, rejections[before:]) from error
-                else:
-                    identity = f"{source}/{sample.key}".encode()
-                    rows.append(_Row(sample, choose_caption(sample.captions, caption_draw), identity))
-                    break
-        return _StreamRows(rows, tuple(positions), rejections)
 
-
-def _hopeless(source: int, in_a_row: list[Rejection]) -> DataError:
-    counts = ", ".join(f"{cause} {count}" for cause, count in Counter(r.cause for r in in_a_row).most_common())
-    examples = "; ".join(f"{r.key}: {r.cause} {r.detail}".rstrip() for r in in_a_row[:3])
-    return DataError(
-        f"data.train source {source}: {len(in_a_row)} samples in a row cannot be used ({counts}). "
-        f"For example {examples}"
-    )
+def _slices(count: int) -> Iterator[slice]:
+    """0 … count-1, then the next count, for ever."""
+    return (slice(start, start + count) for start in itertools.count(0, count))
 
 
 class _Decoding:
@@ -275,53 +265,52 @@ class _Decoding:
     def __init__(
         self,
         pool: ThreadPoolExecutor,
-        workers: int,
-        image: schema.Image,
+        decoder: Decoder,
+        places: Places,
         text_mask: TextMask,
         seed: int,
-        streams: list[_StreamRows],
+        streams: list[StreamRows],
         ordinal_B: NDArray[np.int64],
         state: LoaderState,
     ) -> None:
         self._streams, self._ordinal_B, self._state = streams, ordinal_B, state
         self._rows = [row for stream in streams for row in stream.rows]
-        self._image, self._text_mask = image, text_mask
-        self._draws_BK = crop_draws(seed, ordinal_B)
+        self._text_mask, self._places = text_mask, places
         self._text_draws_BK = text_mask.draws(ordinal_B)
-        batch_size = len(self._rows)
-        self._pixels_BCHW = np.empty((batch_size, 3, image.size, image.size), dtype=np.uint8)
-        self._ids: list[list[int]] = [[]] * batch_size
-        self._holes: dict[int, Rejection] = {}
-        chunk = max(1, min(_DECODE_CHUNK, batch_size // (2 * workers)))
-        self._tasks: list[Future[None]] = [
-            pool.submit(self._decode, range(start, min(start + chunk, batch_size)))
-            for start in range(0, batch_size, chunk)
+        self._ids: list[list[int]] = [[]] * len(self._rows)
+        self._captions: list[Future[None]] = [
+            pool.submit(self._tokenize, range(start, min(start + _CAPTION_CHUNK, len(self._rows))))
+            for start in range(0, len(self._rows), _CAPTION_CHUNK)
         ]
+        samples = [row.sample for row in self._rows]
+        draws_BK = crop_draws(seed, ordinal_B)
+        encoded = [Encoded(sample.image, sample.header, draws) for sample, draws in zip(samples, draws_BK, strict=True)]
+        self._decoded = decoder.begin(encoded, pool)
 
-    def _decode(self, rows: range) -> None:
-        for b in rows:
-            sample = self._rows[b].sample
-            self._ids[b] = self._text_mask(self._rows[b].caption, int(self._ordinal_B[b]), self._text_draws_BK[b])
-            try:
-                self._pixels_BCHW[b] = train_pixels(sample.image, sample.header, self._draws_BK[b], self._image)
-            except UnusableError as error:
-                self._pixels_BCHW[b] = 0
-                self._holes[b] = Rejection(error.cause, sample.key, error.detail)
+    def _tokenize(self, rows: range) -> None:
+        with self._places.at("tokenizing"):
+            for b in rows:
+                self._ids[b] = self._text_mask(self._rows[b].caption, int(self._ordinal_B[b]), self._text_draws_BK[b])
 
-    def finish(self) -> Item:
-        """Waits for the pool. What a worker raised is raised here."""
-        for task in self._tasks:
+    def finish(self, pinned: bool) -> Item:
+        """Waits for the pool. What a worker raised is raised here. `pinned`: texts in page-locked memory."""
+        for task in self._captions:
             task.result()
+        with self._places.at("decoding"):
+            decoded = self._decoded()
         valid_B = torch.ones(len(self._rows), dtype=torch.bool)
-        valid_B[list(self._holes)] = False
-        rejections = [rejection for stream in self._streams for rejection in stream.rejections]
+        valid_B[list(decoded.refused)] = False
+        holes = [
+            Rejection(error.cause, self._rows[b].sample.key, error.detail, self._rows[b].source)
+            for b, error in sorted(decoded.refused.items())
+        ]
         batch = ImageTextBatch(
-            images_BCHW=torch.from_numpy(self._pixels_BCHW),
+            images_BCHW=decoded.images_BCHW,
             text=pack_captions(self._ids),
             ordinal_B=torch.from_numpy(self._ordinal_B),
             valid_B=valid_B,
             keys=[row.sample.key for row in self._rows],
             stream_digests=[stream.digest() for stream in self._streams],
-            rejections=rejections + [self._holes[b] for b in sorted(self._holes)],
+            rejections=[rejection for stream in self._streams for rejection in stream.rejections] + holes,
         )
-        return batch, self._state
+        return batch.pinned() if pinned else batch, self._state

@@ -1,4 +1,4 @@
-"""Which sample comes next: pure order, no input or output.
+"""Which sample comes next: pure order, no input or output. As a program (ledger.py) it lists the samples of a step.
 
 Every global batch takes the same number of samples from each of S streams, in stream order, and a rank owns a
 contiguous range of streams; so the global batch does not depend on the world size. Per source and epoch, the units
@@ -9,6 +9,7 @@ seeks straight to it, and every sample comes exactly once per epoch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,6 +72,20 @@ class Candidate(NamedTuple):
     after: Position
 
 
+class Stretch(NamedTuple):
+    """What is left of the unit in which a stream stands."""
+
+    unit: int
+    epoch: int
+    offset: int  # candidates of the stream's part that come before it
+    within: int  # samples of the unit that come before it
+    size: int  # samples; at least 1
+
+    @property
+    def behind(self) -> Position:
+        return self.epoch, self.offset + self.size
+
+
 class _Line(NamedTuple):
     """The units of one epoch in order, and where each ends on the line of samples."""
 
@@ -90,6 +105,7 @@ class SourceOrder:
         self.samples = int(self._sizes.sum())
         self._seed, self._source, self._streams = seed, source, streams
         self._line = lru_cache(maxsize=4)(self._make_line)  # streams are mostly in the same epoch
+        self._members = lru_cache(maxsize=4)(self._make_members)
 
     def part(self, stream: int, epoch: int) -> tuple[int, int]:
         """The part of an epoch's line that a stream owns: [start, end).
@@ -100,22 +116,39 @@ class SourceOrder:
         part = (stream + epoch) % self._streams
         return part * self.samples // self._streams, (part + 1) * self.samples // self._streams
 
+    def part_size(self, stream: int, epoch: int) -> int:
+        """Samples of a stream's part of an epoch."""
+        start, end = self.part(stream, epoch)
+        return end - start
+
     def candidates(self, stream: int, position: Position) -> Iterator[Candidate]:
         """Everything that comes after `position`, for ever."""
-        epoch, offset = position
         while True:
-            start, end = self.part(stream, epoch)
-            place = start + offset
-            while place < end:
-                line = self._line(epoch)
-                nth = int(np.searchsorted(line.ends, place, side="right"))
-                unit, unit_end = int(line.units[nth]), int(line.ends[nth])
-                members = permutation(self._seed, self._key(epoch, unit), Purpose.MEMBER_ORDER, int(self._sizes[unit]))
-                unit_start = unit_end - len(members)
-                while place < min(unit_end, end):
-                    yield Candidate(unit, int(members[place - unit_start]), (epoch, place + 1 - start))
-                    place += 1
+            stretch = self.stretch(stream, position)
+            for nth, member in enumerate(self.members(stretch), stretch.offset + 1):
+                yield Candidate(stretch.unit, member, (stretch.epoch, nth))
+            position = stretch.behind
+
+    def stretch(self, stream: int, position: Position) -> Stretch:
+        """The rest of the unit that comes after `position`."""
+        epoch, offset = position
+        start, end = self.part(stream, epoch)
+        while start + offset >= end:
             epoch, offset = epoch + 1, 0
+            start, end = self.part(stream, epoch)
+        line, place = self._line(epoch), start + offset
+        nth = int(np.searchsorted(line.ends, place, side="right"))
+        unit, unit_end = int(line.units[nth]), int(line.ends[nth])
+        within = place - (unit_end - int(self._sizes[unit]))
+        return Stretch(unit, epoch, offset, within, min(unit_end, end) - place)
+
+    def members(self, stretch: Stretch) -> list[int]:
+        """The samples of a stretch, as places in tar order, in the order of their visit."""
+        order = self._members(stretch.epoch, stretch.unit)
+        return order[stretch.within : stretch.within + stretch.size].tolist()
+
+    def _make_members(self, epoch: int, unit: int) -> NDArray[np.int64]:
+        return permutation(self._seed, self._key(epoch, unit), Purpose.MEMBER_ORDER, int(self._sizes[unit]))
 
     def _make_line(self, epoch: int) -> _Line:
         units = permutation(self._seed, self._key(epoch), Purpose.UNIT_ORDER, len(self._sizes))
@@ -139,3 +172,9 @@ def owned_streams(streams: int, rank: int, world_size: int) -> range:
     if streams % world_size:
         raise ValueError(f"data.streams must be divisible by the world size {world_size}, got {streams}")
     return range(rank * streams // world_size, (rank + 1) * streams // world_size)
+
+
+if __name__ == "__main__":
+    from cmpt.data.ledger import main
+
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Where the regular members of a tar file lie: header by header, without touching the contents.
 
 About four times as fast as `tarfile`: for 10**8 samples of three members an hour of one core instead of four.
-And unlike `tarfile`, which ends quietly at a damaged header, it fails: a shard that was cut short is found.
+And unlike `tarfile`, which ends quietly at a damaged header, it tells: a shard that was cut short is found.
 """
 
 from __future__ import annotations
@@ -9,52 +9,70 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from cmpt.data.validate import DataError
+from cmpt.data.validate import Cause, DataError
 
 _BLOCK = 512
 _END_MARK = bytes(_BLOCK)
-_REGULAR = (b"0", b"\0", b"7")
+_REGULAR, _LINKS = (b"0", b"\0", b"7"), (b"1", b"2")
 _GNU_LONG_NAME, _GNU_SPARSE, _PAX, _PAX_GLOBAL = b"L", b"S", b"x", b"g"
 
 
-def walk_members(path: Path, url: str) -> Iterator[tuple[str, int, int]]:
-    """Yields (name, offset of the contents, size) of every regular file in a ustar, GNU or pax archive.
+class TarError(DataError):
+    """What cannot be read of a tar, from some byte on: members yielded before are whole."""
 
-    Directories, links and devices are passed over. Raises `DataError`, naming `url`, for a file that is not a tar,
-    is cut short or has a damaged header.
+    def __init__(self, cause: Cause, url: str, detail: str) -> None:
+        super().__init__(f"{url}: {detail}")
+        self.cause, self.detail = cause, detail
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of the contents, in bytes
+    size: int  # in bytes; LINK for a link, whose bytes lie elsewhere
+
+
+LINK = -1
+
+
+def walk_members(path: Path, url: str) -> Iterator[Member]:
+    """Yields every regular file and link in a ustar, GNU or pax archive.
+
+    Directories and devices are passed over. Raises `TarError`, naming `url`, where a file is not a tar, is cut short or
+    has a damaged header.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _walk(descriptor, url)
-    except DataError:
+    except TarError:
         raise
     except ValueError as error:
-        raise DataError(f"{url}: damaged tar header: {error}") from error
+        raise TarError(Cause.DAMAGED_SHARD, url, f"damaged tar header: {error}") from error
     finally:
         os.close(descriptor)
 
 
-def _walk(descriptor: int, url: str) -> Iterator[tuple[str, int, int]]:
+def _walk(descriptor: int, url: str) -> Iterator[Member]:
     file_size = os.fstat(descriptor).st_size
     if file_size == 0:
-        raise DataError(f"{url}: is an empty file, not a tar")
+        raise TarError(Cause.EMPTY_SHARD, url, "is an empty file, not a tar")
     position = 0
     global_pax: dict[str, bytes] = {}
     pax: dict[str, bytes] = {}
     long_name: bytes | None = None
     while (header := os.pread(descriptor, _BLOCK, position)) != _END_MARK:
         if len(header) < _BLOCK and position > 0:
-            raise DataError(f"{url}: cut short, ends at byte {position} without the end mark of a tar")
+            detail = f"cut short, ends at byte {position} without the end mark of a tar"
+            raise TarError(Cause.TRUNCATED_SHARD, url, detail)
         kind = header[156:157]
         size = _checked_size(header, position, url)
         if kind not in (_PAX, _PAX_GLOBAL, _GNU_LONG_NAME) and "size" in pax:
             size = int(pax["size"])
         contents = position + _BLOCK
         if contents + size > file_size:
-            raise DataError(
-                f"{url}: cut short, a member at byte {contents} has {size} bytes and the file ends at {file_size}"
-            )
+            detail = f"cut short, a member at byte {contents} has {size} bytes and the file ends at {file_size}"
+            raise TarError(Cause.TRUNCATED_SHARD, url, detail)
         position = contents + -(-size // _BLOCK) * _BLOCK
         if kind == _PAX:
             pax = global_pax | _pax_records(os.pread(descriptor, size, contents))
@@ -66,10 +84,11 @@ def _walk(descriptor: int, url: str) -> Iterator[tuple[str, int, int]]:
             continue
         else:
             if kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
-                raise DataError(f"{url}: sparse members are not supported (byte {contents})")
+                raise TarError(Cause.DAMAGED_SHARD, url, f"sparse members are not supported (byte {contents})")
             name = long_name or pax.get("path") or _name(header)
-            if kind in _REGULAR and not name.endswith(b"/"):
-                yield name.decode("utf-8", "backslashreplace"), contents, size
+            if kind in _LINKS or (kind in _REGULAR and not name.endswith(b"/")):
+                length = LINK if kind in _LINKS else size
+                yield Member(name.decode("utf-8", "backslashreplace"), contents, length)
             pax, long_name = dict(global_pax), None
 
 
@@ -82,7 +101,7 @@ def _checked_size(header: bytes, position: int, url: str) -> int:
         size, stated = -1, -1
     if len(header) < _BLOCK or stated != sum(header) - sum(field) + 8 * ord(" ") or size < 0:
         what = "is not an uncompressed tar" if position == 0 else f"damaged tar header at byte {position}"
-        raise DataError(f"{url}: {what}")
+        raise TarError(Cause.DAMAGED_SHARD, url, what)
     return size
 
 

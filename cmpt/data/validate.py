@@ -19,22 +19,33 @@ class DataError(ValueError):
 
 
 class Cause(StrEnum):
-    """Why a sample was not used. Every name but the last means that the next sample of the stream took its place."""
+    """Why a sample, or what of a shard, was not used; the next sample of the stream takes the place of one left out."""
 
     MISSING_IMAGE = "missing_image"  # no member with one of data.image_extensions
     MISSING_CAPTION = "missing_caption"  # no member with data.caption_extension
+    LINKED_MEMBER = "linked_member"  # the image or the caption is a link in the tar, which holds no bytes of it
+    DUPLICATE_KEY = "duplicate_key"  # an earlier sample of the shard has the same key
     EMPTY_IMAGE = "empty_image"  # a member of 0 bytes
-    UNKNOWN_SIGNATURE = "unknown_signature"  # the first bytes are no image format that cmpt reads (HTML, garbage)
+    TOO_MANY_BYTES = "too_many_bytes"  # an image of more than data.max_image_bytes, a JSON of more than 16 MiB
+    HTML_PAGE = "html_page"  # an error page under the name of an image
+    UNKNOWN_SIGNATURE = "unknown_signature"  # the first bytes are no image format that cmpt reads
     TRUNCATED_IMAGE = "truncated_image"  # the format's end mark is not there
     BROKEN_HEADER = "broken_header"  # the right signature, but no readable size
     ZERO_PIXELS = "zero_pixels"  # the header states a width or height of 0
+    TOO_SMALL = "too_small"  # a side below data.min_image_side
     TOO_MANY_PIXELS = "too_many_pixels"  # more than data.max_image_pixels
     CAPTION_NOT_UTF8 = "caption_not_utf8"  # bytes that are not UTF-8, or JSON escapes that name no character
     CAPTION_BROKEN_JSON = "caption_broken_json"
     CAPTION_MISSING_FIELD = "caption_missing_field"  # no data.caption_field in the JSON object
     CAPTION_WRONG_TYPE = "caption_wrong_type"  # the field is neither a string nor a list of strings
     EMPTY_CAPTION = "empty_caption"  # nothing but white space, or an empty list
+    CAPTION_WITHOUT_WORDS = "caption_without_words"  # neither a letter nor a digit of any script: emoji, punctuation
+    CAPTION_TOO_LONG = "caption_too_long"  # more than data.max_caption_characters
     DECODE_FAILED = "decode_failed"  # passed all checks, refused by the decoder: a hole, the slot stays
+    EMPTY_SHARD = "empty_shard"  # a shard of no bytes or no samples; this and the next two are counted once a run
+    TRUNCATED_SHARD = "truncated_shard"  # cut short: what comes before the cut is used
+    DAMAGED_SHARD = "damaged_shard"  # no tar, or a damaged header: what comes before it is used
+    UNREACHABLE_SHARD = "unreachable_shard"  # cannot be read or fetched: counts every sample that is left out
 
 
 class UnusableError(Exception):
@@ -62,6 +73,7 @@ _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these thr
 _WITHOUT_LENGTH = frozenset(range(0xD0, 0xD8)) | {0x01}
 _EXIF_ORIENTATION_TAG = 0x0112
 _PILLOW_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")
+_PAGE_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 _MAX_DETAIL_CHARACTERS = 200
 
 # Pillow warns about odd metadata of single files, each in new words: in a crawl that is a line every few seconds. What
@@ -69,7 +81,7 @@ _MAX_DETAIL_CHARACTERS = 200
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def examine_image(data: bytes, max_pixels: int) -> ImageHeader:
+def examine_image(data: bytes, max_pixels: int, min_side: int = 1) -> ImageHeader:
     """Checks the bytes without decoding them; costs microseconds for JPEG.
 
     Raises `UnusableError` with the cause.
@@ -79,6 +91,10 @@ def examine_image(data: bytes, max_pixels: int) -> ImageHeader:
     header = _examine_jpeg(data) if data.startswith(_START_OF_IMAGE) else _examine_other(data)
     if header.height == 0 or header.width == 0:
         raise UnusableError(Cause.ZERO_PIXELS, f"{header.width} x {header.height}")
+    if min(header.height, header.width) < min_side:
+        raise UnusableError(
+            Cause.TOO_SMALL, f"{header.width} x {header.height}, a side below data.min_image_side {min_side}"
+        )
     if header.height * header.width > max_pixels:
         raise UnusableError(
             Cause.TOO_MANY_PIXELS, f"{header.width} x {header.height} exceeds data.max_image_pixels {max_pixels}"
@@ -148,7 +164,8 @@ def _examine_other(data: bytes) -> ImageHeader:
     except PIL.UnidentifiedImageError as error:
         if _has_known_signature(data):
             raise UnusableError(Cause.BROKEN_HEADER, one_line(error)) from error
-        raise UnusableError(Cause.UNKNOWN_SIGNATURE, f"first bytes {data[:12]!r}") from error
+        cause = Cause.HTML_PAGE if data[:512].lstrip().lower().startswith(_PAGE_STARTS) else Cause.UNKNOWN_SIGNATURE
+        raise UnusableError(cause, f"first bytes {data[:12]!r}") from error
     except PIL.Image.DecompressionBombError as error:
         raise UnusableError(Cause.TOO_MANY_PIXELS, one_line(error)) from error
     except Exception as error:  # Pillow's plugins raise whatever a malformed field leads to

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -66,8 +66,12 @@ class TrainState:
         """One step more."""
         self.step += 1
         self.masking = masking
+        self.skip(rejections)
+
+    def skip(self, rejections: Iterable[Rejection]) -> None:
+        """Counts what could not be used."""
         for rejection in rejections:
-            self.skipped[rejection.cause] = self.skipped.get(rejection.cause, 0) + 1
+            self.skipped[rejection.cause] = self.skipped.get(rejection.cause, 0) + rejection.samples
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cmpt.batch import Rejection
 from cmpt.monitor.console import Console, make_console
 from cmpt.monitor.records import REDONE_KINDS, RecordWriter, metrics_row, trim_after, utc_now
 
@@ -59,6 +61,11 @@ class Monitor:
             self._parts.warn(step, **fields)
         else:
             self._parts.event(kind, step, **fields)
+
+    def skips(self, step: int, rejections: Iterable[Rejection]) -> None:
+        """What could not be used on the way to this step."""
+        for rejection in rejections:
+            self.event("skip", step, **asdict(rejection))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Held-out results by name, recalls and accuracies as fractions."""

@@ -126,17 +126,18 @@ def _pictures(folder: Path) -> str:
 
 def _skips(metrics: Records, events: Records) -> str:
     skips = [event for event in events if event.get("kind") == "skip"]
-    causes = Counter(str(event.get("cause", "unknown")) for event in skips)
+    causes: Counter[str] = Counter()
+    for event in skips:
+        causes[str(event.get("cause", "unknown"))] += event.get("samples", 1)
+    told = causes.total()
     examples = {str(event.get("cause", "unknown")): str(event.get("key", "")) for event in reversed(skips)}
     last = metrics[-1] if metrics else {}
-    count = max(len(skips), last.get("skipped_samples") or 0)
+    count = max(told, last.get("skipped_samples") or 0)
     note = "No sample was skipped." if metrics or events else "Nothing is recorded yet."
     if count:
         beside = f" beside {last['samples_seen']:,} used" if last.get("samples_seen") else ""
         note = f"{count:,} {'sample was' if count == 1 else 'samples were'} skipped{beside}; "
-        note += (
-            "each is in events.jsonl with its key." if count == len(skips) else f"{len(skips):,} are in events.jsonl."
-        )
+        note += "each is in events.jsonl with its key." if count == told else f"{told:,} are in events.jsonl."
     rows = [
         (escape(cause.replace("_", " ")), f"{count:,}", f"<code>{escape(examples[cause])}</code>")
         for cause, count in causes.most_common()

@@ -11,8 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from braceexpand import braceexpand
-
+from cmpt.recipe.check_data import data_faults
 from cmpt.recipe.check_masking import masking_faults, text_masking_faults
 from cmpt.recipe.durations import parse_duration
 from cmpt.recipe.paths import is_local, resolve_path
@@ -36,6 +35,16 @@ RANGES = {
     "data.workers": ">= 1",
     "data.prefetch_batches": ">= 1",
     "data.max_image_pixels": ">= 1",
+    "data.min_image_side": ">= 1",
+    "data.max_image_bytes": ">= 1",
+    "data.max_caption_characters": ">= 1",
+    "data.cache_limit_bytes": "> 0",
+    "data.fetch_workers": ">= 1",
+    "data.fetch_attempts": ">= 1",
+    "data.fetch_timeout_s": "> 0",
+    "data.stall_s": "> 0",
+    "decode.threads": ">= 1",
+    "decode.hardware_share": ">= 0 and <= 1",
     "image.size": ">= 1",
     "image.crop_scale": "> 0 and <= 1",
     "image.crop_ratio": "> 0",
@@ -94,6 +103,9 @@ RANGES = {
 CHOICES = {
     "tokenizer.kind": ("sentencepiece", "clip_bpe"),
     "data.caption_extension": ("txt", "json"),
+    "data.cache": ("remote", "always", "never"),
+    "data.broken_shards": ("skip", "stop"),
+    "decode.backend": ("auto", "cpu", "dali"),
     "masking.strategy": ("cluster", "random", "centred", "block", "grid", "scores", "none"),
     "masking.constant_patches": ("alike", "unlike"),
     "masking.block": ("keep", "drop"),
@@ -276,20 +288,8 @@ class _Checker:
 
     def data(self) -> None:
         data, tokenizer, evaluation = self.recipe.data, self.recipe.tokenizer, self.recipe.evaluation
-        if not any(source.urls for source in data.train):
-            self.fault("data.train", data.train, "must name at least one shard of training pairs")
-        for index, source in enumerate(data.train):
-            key = f"data.train.{index}"
-            self.require(_meets(source.weight, "> 0"), f"{key}.weight", source.weight, "must be > 0")
-            self.require(bool(source.urls), f"{key}.urls", source.urls, "must not be empty")
-            self.shards(f"{key}.urls", source.urls)
-        self.shards("data.heldout", data.heldout)
-        extensions = data.image_extensions
-        self.require(bool(extensions), "data.image_extensions", extensions, "must not be empty")
-        for extension in extensions:
-            self.require(extension[:1] != ".", "data.image_extensions", extension, "must not begin with a dot")
-        if data.caption_extension == "json":
-            self.require(data.caption_field != "", "data.caption_field", "", "must not be empty")
+        for key, value, constraint in data_faults(data):
+            self.fault(key, value, constraint)
         if tokenizer.path is not None:
             missing = is_local(tokenizer.path) and not os.path.isfile(resolve_path(tokenizer.path))
             self.require(not missing, "tokenizer.path", tokenizer.path, "no such file")
@@ -302,29 +302,6 @@ class _Checker:
             self.require(_is_template(prompt), "evaluation.prompts", prompt, "must hold {}, the place of the category")
         if data.category_field is not None:
             self.require(bool(evaluation.prompts), "evaluation.prompts", [], "must not be empty with a category_field")
-
-    def shards(self, key: str, urls: list[str]) -> None:
-        """Local shards exist; the folders are listed once, which is quicker than a look at each of many shards."""
-        for url in urls:
-            try:
-                shards = list(braceexpand(url))
-            except ValueError:
-                self.fault(key, url, "has unbalanced braces")
-                continue
-            remote = [shard for shard in shards if not is_local(shard)]
-            if remote:
-                self.fault(key, url, f"remote shards are not supported yet: {remote[0]}")
-                continue
-            paths = [resolve_path(shard) for shard in shards]
-            folders: dict[str, set[str]] = {}
-            for folder in {os.path.dirname(path) for path in paths}:
-                folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-            missing = [path for path in paths if os.path.basename(path) not in folders[os.path.dirname(path)]]
-            if missing:
-                first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-                counted = f"{len(missing)} of {len(shards)} shards do not exist" if len(shards) > 1 else "no such file"
-                hint = f"; give your own: {key}=[...]" if len(missing) == len(shards) else ""
-                self.fault(key, url, f"{counted}: {first}{hint}")
 
 
 def check_recipe(recipe: Recipe, world_size: int = 1, origins: Mapping[str, str] | None = None) -> list[str]:

@@ -36,8 +36,16 @@ NOT_IDENTITY = (
     "data.heldout",
     "data.category_field",
     "data.cache_folder",
+    "data.cache",
+    "data.cache_limit_bytes",
+    "data.fetch_workers",
+    "data.fetch_attempts",
+    "data.fetch_timeout_s",
+    "data.allow_pipe",
     "data.workers",
     "data.prefetch_batches",
+    "data.stall_s",
+    "decode",  # pixels of DALI and of the CPU differ by less than one of 255 in the mean, as a change of device does
     "model.preset",  # the sizes it stands for count
     "model.init_from",  # read only before the first step
     "model.activation_checkpointing",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from glob import glob, has_magic
 from pathlib import Path
+
+from braceexpand import braceexpand
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # http:, s3:, gs:, pipe:
@@ -21,6 +24,21 @@ def resolve_path(path: str) -> str:
     if path.startswith("file:"):
         return re.sub(r"^file:(//)?", "", path)
     return os.path.expanduser(path)
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The shards that a pattern of a recipe names: brace expansion, and in paths the wildcards * ? [...], sorted.
+
+    Raises ValueError for unbalanced braces; wildcards that match nothing give nothing.
+    """
+    shards: list[str] = []
+    for url in braceexpand(pattern):
+        path = resolve_path(url)
+        if is_local(path) and has_magic(path) and not os.path.exists(path):
+            shards += sorted(glob(path))
+        else:
+            shards.append(path)
+    return shards
 
 
 def is_local(path: str) -> bool:

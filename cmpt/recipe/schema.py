@@ -42,7 +42,8 @@ class Run:
 @dataclass
 class Source:
     urls: list[str] = field(default_factory=list)
-    """Shards: paths or URLs with brace expansion, e.g. "data/cc12m/{00000..01242}.tar"."""
+    """Shards: paths or URLs with brace expansion, e.g. "data/cc12m/{00000..01242}.tar"; paths may hold the wildcards
+    * and ? too. URLs: http:, https:, s3:, gs:, or "pipe:COMMAND" (see allow_pipe)."""
     weight: float = 1.0
     """Relative share of the slots of a batch that this source fills. Above 0."""
 
@@ -74,13 +75,51 @@ class Data:
     """Virtual streams S. Divides the global batch; every world size that divides S gives the same run (design: order
     of samples)."""
     cache_folder: str = "~/.cache/cmpt"
-    """Shard indexes live here."""
+    """Shard indexes and fetched shards live here; the processes of a host share it."""
+    cache: str = "remote"
+    """Which shards are fetched whole into the cache ahead of need: those behind URLs ("remote"), also those of paths,
+    for slow network file systems ("always"), or none ("never": shards behind URLs are refused)."""
+    cache_limit_bytes: float = 200e9
+    """Most bytes of fetched shards in the cache folder; those used longest ago make room. It must hold two shards for
+    every stream and source of a host: the one that is read, and the next."""
+    fetch_workers: int = 4
+    """Shards that a process fetches at a time."""
+    fetch_attempts: int = 6
+    """Tries to fetch a shard, with waits of 1, 2, 4, ... seconds between them (a minute at most)."""
+    fetch_timeout_s: float = 60.0
+    """A fetch that brings no byte for so long has failed."""
+    allow_pipe: bool = False
+    """Whether shards may be "pipe:COMMAND" URLs, which hand COMMAND to a shell."""
+    broken_shards: str = "skip"
+    """A shard that is cut short, damaged or empty, or cannot be fetched: "skip": what can be read of it is used, the
+    loss is counted; "stop": the run ends. A path that does not exist always ends it."""
     workers: int = 2
     """Threads per process that read, decode and tokenize."""
     prefetch_batches: int = 4
     """Finished batches that wait ahead of the step, per process. At least 1."""
+    stall_s: float = 30.0
+    """A batch that is waited for longer is reported, with the place where its data stand still."""
+    min_image_side: int = 4
+    """An image with a shorter side, in pixels, is rejected: tracking pixels, separators."""
     max_image_pixels: int = 100_000_000
     """An image whose header promises more pixels is rejected before memory is taken (decompression bomb)."""
+    max_image_bytes: int = 100_000_000
+    """An image of more bytes is rejected unread."""
+    max_caption_characters: int = 10_000
+    """A longer caption is rejected: a page, not a caption."""
+
+
+@dataclass
+class Decode:
+    """How encoded images become pixels."""
+
+    backend: str = "auto"
+    """"cpu"; "dali": NVIDIA DALI on the GPU (its CPU mode where there is none, which is slower than "cpu"); "auto":
+    DALI where there are a GPU and a DALI, else the CPU."""
+    threads: int = 4
+    """dali: threads per process of DALI's own, for what the GPU leaves to the host."""
+    hardware_share: float = 0.65
+    """dali: share of a batch that goes to the hardware decoder, on GPUs that have one (DALI's `hw_decoder_load`)."""
 
 
 @dataclass
@@ -331,6 +370,7 @@ class Recipe:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    decode: Decode = field(default_factory=Decode)
     image: Image = field(default_factory=Image)
     model: Model = field(default_factory=Model)
     masking: Masking = field(default_factory=Masking)

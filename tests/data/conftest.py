@@ -9,7 +9,9 @@ import pytest
 import sentencepiece
 from data.making import text_sample, write_tar
 
-from cmpt.data import Loader, Tokenizer, open_shards, open_tokenizer
+from cmpt.data.loader import Loader
+from cmpt.data.shards import open_shards
+from cmpt.data.tokenizer import Tokenizer, open_tokenizer
 from cmpt.recipe import schema
 
 CONTEXT_LENGTH = 32
@@ -62,6 +64,7 @@ def make_loader(settings: schema.Data, tokenizer: Tokenizer) -> LoaderMaker:
         seed: int = 3,
         image: schema.Image | None = None,
         text_masking: schema.TextMasking | None = None,
+        decode: schema.Decode | None = None,
     ) -> Loader:
         weights = weights or (1.0,) * len(patterns)
         settings.train = [schema.Source([urls], weight) for urls, weight in zip(patterns, weights, strict=True)]
@@ -76,6 +79,7 @@ def make_loader(settings: schema.Data, tokenizer: Tokenizer) -> LoaderMaker:
             rank=rank,
             world_size=world_size,
             text_masking=text_masking,
+            decode=decode,
         )
 
     return make

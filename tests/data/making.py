@@ -12,7 +12,8 @@ import numpy as np
 import simplejpeg
 
 from cmpt.batch import ImageTextBatch
-from cmpt.data import Loader, LoaderState
+from cmpt.data.loader import Loader
+from cmpt.data.streams import LoaderState
 
 Sample = tuple[str, dict[str, bytes]]
 

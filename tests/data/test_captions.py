@@ -11,9 +11,11 @@ import pytest
 from cmpt.data.captions import captions_from_json, captions_from_text, choose_caption, read_json
 from cmpt.data.validate import Cause, UnusableError
 
+LONGEST = 100
+
 
 def from_bytes(data: bytes, field: str = "caption") -> list[str]:
-    return captions_from_json(read_json(data), field)
+    return captions_from_json(read_json(data), field, LONGEST)
 
 
 @pytest.mark.parametrize(
@@ -25,12 +27,17 @@ def from_bytes(data: bytes, field: str = "caption") -> list[str]:
     ],
 )
 def test_text_is_normalised(data, captions) -> None:
-    assert captions_from_text(data) == captions
+    assert captions_from_text(data, LONGEST) == captions
 
 
 @pytest.mark.parametrize(
     ("value", "captions"),
-    [("a  cat", ["a cat"]), (["a cat", " ", "", "a\ndog"], ["a cat", "a dog"]), (["x"], ["x"])],
+    [
+        ("a  cat", ["a cat"]),
+        (["a cat", " ", "", "a\ndog"], ["a cat", "a dog"]),
+        (["x"], ["x"]),
+        (["\U0001f600", "x" * 101, "\u732b", "7"], ["\u732b", "7"]),
+    ],
 )
 def test_json_field_is_a_string_or_a_list(value, captions) -> None:
     assert from_bytes(json.dumps({"caption": value, "other": 1}).encode()) == captions
@@ -62,11 +69,18 @@ def test_bad_json_is_refused_with_its_cause(data, cause) -> None:
 
 @pytest.mark.parametrize(
     ("data", "cause"),
-    [(b"\xff\xfe", Cause.CAPTION_NOT_UTF8), (b"", Cause.EMPTY_CAPTION), ("\u2003\n".encode(), Cause.EMPTY_CAPTION)],
+    [
+        (b"\xff\xfe", Cause.CAPTION_NOT_UTF8),
+        (b"", Cause.EMPTY_CAPTION),
+        ("\u2003\n".encode(), Cause.EMPTY_CAPTION),
+        ("\U0001f600\u2764\ufe0f \U0001f469\u200d\U0001f680!".encode(), Cause.CAPTION_WITHOUT_WORDS),
+        (b"... --- ???", Cause.CAPTION_WITHOUT_WORDS),
+        (b"word " * 21, Cause.CAPTION_TOO_LONG),
+    ],
 )
 def test_bad_text_is_refused_with_its_cause(data, cause) -> None:
     with pytest.raises(UnusableError) as caught:
-        captions_from_text(data)
+        captions_from_text(data, LONGEST)
     assert caught.value.cause is cause
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from data.making import json_sample, text_sample, undecodable_jpeg, write_tar
 
-from cmpt.data import Cause, DataError, HeldoutSet
+from cmpt.data.heldout import HeldoutSet
+from cmpt.data.validate import Cause, DataError
 from cmpt.recipe import schema
 
 IMAGE = schema.Image(size=16)

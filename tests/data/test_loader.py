@@ -14,8 +14,10 @@ import torch
 from data.making import jpeg, json_sample, take, text_sample, undecodable_jpeg, write_tar
 
 from cmpt.batch import ImageTextBatch
-from cmpt.data import Cause, DataError, LoaderState, batch_digest
 from cmpt.data import shards as shards_module
+from cmpt.data.loader import batch_digest
+from cmpt.data.streams import LoaderState
+from cmpt.data.validate import Cause, DataError
 from cmpt.recipe import schema
 
 
@@ -144,7 +146,7 @@ def broken_samples() -> dict[str, tuple[Cause, dict[str, bytes]]]:
         "bad-a": (Cause.MISSING_IMAGE, {"txt": good_text}),
         "bad-b": (Cause.MISSING_CAPTION, {"jpg": good_image}),
         "bad-c": (Cause.EMPTY_IMAGE, {"jpg": b"", "txt": good_text}),
-        "bad-d": (Cause.UNKNOWN_SIGNATURE, {"jpg": b"<html>404</html>", "txt": good_text}),
+        "bad-d": (Cause.HTML_PAGE, {"jpg": b"<html>404</html>", "txt": good_text}),
         "bad-e": (Cause.TRUNCATED_IMAGE, {"jpg": good_image[: len(good_image) // 2], "txt": good_text}),
         "bad-f": (Cause.BROKEN_HEADER, {"png": b"\x89PNG\r\n\x1a\n" + bytes(40), "txt": good_text}),
         "bad-g": (Cause.CAPTION_NOT_UTF8, {"jpg": good_image, "txt": b"caf\xe9"}),
@@ -194,7 +196,8 @@ def test_a_stream_that_rejects_everything_stops_with_causes_and_examples(make_lo
     write_tar(tmp_path / "hopeless.tar", samples)
     loader = make_loader(str(tmp_path / "hopeless.tar"))
     with pytest.raises(
-        DataError, match=r"source 0: 20 samples in a row.*(empty_caption|missing_image) \d+.*hopeless\.tar/0"
+        DataError,
+        match=r"data\.train\.0 \(.*hopeless\.tar\): 20 samples in a row.*empty_caption \d+.*hopeless\.tar/0",
     ):
         take(loader, 1)
     assert no_threads_left()
@@ -249,11 +252,12 @@ def test_the_same_key_in_two_sources_has_two_digests(make_loader, settings, tmp_
     assert digests[0] != digests[1]
 
 
-def test_fewer_samples_than_streams(make_loader, settings, tmp_path) -> None:
+def test_a_source_smaller_than_the_number_of_streams_is_refused(make_loader, settings, tmp_path) -> None:
     settings.streams = 8
-    write_tar(tmp_path / "s.tar", [text_sample(n) for n in range(3)])
-    batches = take(make_loader(str(tmp_path / "s.tar")), 6)
-    assert set(Counter(key for batch, _ in batches for key in batch.keys).values()) == {16}
+    write_tar(tmp_path / "s.tar", [text_sample(n) for n in range(8)])
+    write_tar(tmp_path / "t.tar", [text_sample(n) for n in range(7)])
+    with pytest.raises(DataError, match=r"data\.train\.1 \(.*t\.tar\): holds 7 samples, fewer than data\.streams = 8"):
+        make_loader(str(tmp_path / "s.tar"), str(tmp_path / "t.tar"))
 
 
 def test_a_list_of_captions_is_sampled_evenly_and_by_ordinal(make_loader, settings, tmp_path, tokenizer) -> None:
@@ -297,7 +301,7 @@ def test_a_worker_error_reaches_the_consumer_and_ends_all_threads(make_loader, s
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a fault of the program, not of a sample")
 
-    monkeypatch.setattr("cmpt.data.loader.train_pixels", fail)
+    monkeypatch.setattr("cmpt.data.decoders.train_pixels", fail)
     batches = loader.batches(loader.initial_state())
     with pytest.raises(ZeroDivisionError, match="a fault of the program"):
         next(batches)
@@ -308,7 +312,8 @@ def test_a_worker_error_reaches_the_consumer_and_ends_all_threads(make_loader, s
 def test_a_process_can_end_with_the_iterator_left_open(shard_pattern, model_path, settings, ending) -> None:
     code = f"""
 import sys
-from cmpt.data import Loader, open_shards
+from cmpt.data.loader import Loader
+from cmpt.data.shards import open_shards
 from cmpt.data.tokenizer import SentencepieceTokenizer
 from cmpt.recipe import schema
 data = schema.Data(train=[schema.Source([{shard_pattern!r}])], streams=4, cache_folder={settings.cache_folder!r})

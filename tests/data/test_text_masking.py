@@ -14,8 +14,9 @@ import pytest
 from data.making import take, text_sample, write_tar
 from data.test_loader import assert_same_batch, captions_of
 
-from cmpt.data import DataError, Tokenizer, open_tokenizer
 from cmpt.data.text_masking import TextMask, drop_probability
+from cmpt.data.tokenizer import Tokenizer, open_tokenizer
+from cmpt.data.validate import DataError
 from cmpt.data.word_counts import WordCounts, counted_form, read_word_counts, split_words, write_word_counts
 from cmpt.ops.random import Purpose, uniform
 from cmpt.recipe.schema import TextMasking

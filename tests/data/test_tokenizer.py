@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import torch
 
-from cmpt.data import open_tokenizer, pack_captions
+from cmpt.data.tokenizer import open_tokenizer, pack_captions
 from cmpt.recipe import schema
 
 TEXTS = [

@@ -60,7 +60,7 @@ def test_good_images_pass_with_their_size(data, image_format) -> None:
     ("data", "cause"),
     [
         (b"", Cause.EMPTY_IMAGE),
-        (b"<!DOCTYPE html>", Cause.UNKNOWN_SIGNATURE),
+        (b"<!DOCTYPE html>", Cause.HTML_PAGE),
         (bytes(1000), Cause.UNKNOWN_SIGNATURE),
         (b"\xff\xd8", Cause.TRUNCATED_IMAGE),
         (jpeg(1)[:30], Cause.TRUNCATED_IMAGE),

@@ -7,7 +7,9 @@ from contextlib import closing
 
 import pytest
 
-from cmpt.data import Loader, open_shards, open_tokenizer
+from cmpt.data.loader import Loader
+from cmpt.data.shards import open_shards
+from cmpt.data.tokenizer import open_tokenizer
 from cmpt.masking.strategies import MaskStage
 from cmpt.recipe import load_recipe
 

@@ -201,11 +201,24 @@ def test_the_least_ratio_matters_to_cluster_only(recipe: Recipe) -> None:
     assert check_recipe(recipe) == []
 
 
-@pytest.mark.parametrize("url", ["s3://b/{0..9}.tar", "https://h/x.tar", "pipe:cat x.tar", "gs://b/y.tar"])
-def test_remote_shards_are_refused_before_anything_starts(url: str, recipe: Recipe) -> None:
+@pytest.mark.parametrize("url", ["s3://b/{0..9}.tar", "https://h/x.tar?a=*", "pipe:cat x.tar", "gs://b/y.tar"])
+def test_shards_behind_urls_need_the_cache_and_pipes_a_permission(url: str, recipe: Recipe) -> None:
     recipe.data.train = [Source([url])]
+    recipe.data.allow_pipe = True
+    assert check_recipe(recipe) == []
+    recipe.data.cache = "never"
     (fault,) = check_recipe(recipe)
-    assert fault.startswith(f'data.train.0.urls = "{url}": remote shards are not supported yet: ')
+    assert fault.startswith(f'data.train.0.urls = "{url}": must be a path with data.cache = "never"')
+    recipe.data.cache, recipe.data.allow_pipe = "remote", False
+    faults = check_recipe(recipe)
+    assert [fault.endswith("needs data.allow_pipe=true") for fault in faults] == [True] * url.startswith("pipe")
+
+
+def test_wildcards_and_schemes_that_lead_nowhere_are_refused(recipe: Recipe) -> None:
+    recipe.data.train = [Source(["no/*.tar"]), Source(["ftp://h/x.tar"]), Source(["a-?.tar"])]
+    first, second = check_recipe(recipe)
+    assert first == 'data.train.0.urls = "no/*.tar": matches no file; give your own: data.train.0.urls=[...]'
+    assert second.startswith('data.train.1.urls = "ftp://h/x.tar": must be a path or one of http:, https:, s3:')
 
 
 @pytest.mark.parametrize("prompt", ["a picture", "a {x} of {}", "{} {", "{0} and {1}"])

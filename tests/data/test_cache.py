@@ -1,0 +1,591 @@
+"""The cache of shards: every fault of a source, the limit, and processes that die or meet in one folder."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from data.flaky_server import Fault, FlakyServer
+from data.making import write_tar
+
+from cmpt.data.cache import FetchError, ShardCache, default_backoff, file_digest
+from cmpt.data.validate import DataError
+from cmpt.recipe import schema
+
+ATTEMPTS = 4
+CacheMaker = Callable[..., ShardCache]
+
+
+def make_shard(path: Path, number: int, size: int = 30_000) -> bytes:
+    path.parent.mkdir(exist_ok=True)
+    return write_tar(path, [("000000", {"jpg": random.Random(number).randbytes(size)})]).read_bytes()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FlakyServer]:
+    (tmp_path / "served").mkdir()
+    server = FlakyServer(tmp_path / "served")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def make_cache(folder: Path) -> Iterator[CacheMaker]:
+    made = []
+
+    def make(limit_bytes: int = 10_000_000, timeout_s: float = 5, allow_pipe: bool = False, **more) -> ShardCache:
+        settings = {"workers": 2, "attempts": ATTEMPTS, "waits": lambda attempt: 0.01, **more}
+        made.append(ShardCache(folder, limit_bytes, timeout_s=timeout_s, allow_pipe=allow_pipe, **settings))
+        return made[-1]
+
+    yield make
+    for cache in made:
+        cache.close()
+
+
+class Processes:
+    """Talks to cache_processes.py."""
+
+    def __init__(self, folder: Path) -> None:
+        program = [sys.executable, str(Path(__file__).with_name("cache_processes.py"))]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        self._program = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._folder = folder
+
+    def ask(self, **job) -> int:
+        assert self._program.stdin is not None and self._program.stdout is not None
+        print(json.dumps(job), file=self._program.stdin, flush=True)
+        return int(self._program.stdout.readline())
+
+    def start(self, urls: list[str], output: Path, limit_bytes: int = 10_000_000, threads: int = 1) -> int:
+        folder = str(self._folder)
+        return self.ask(folder=folder, limit_bytes=limit_bytes, urls=urls, threads=threads, output=str(output))
+
+    def wait(self, process: int) -> int:
+        return self.ask(wait=process)
+
+    def end(self) -> None:
+        self._program.kill()
+        self._program.communicate()
+
+    def use(self, folder: Path) -> Processes:
+        self._folder = folder
+        return self
+
+
+@pytest.fixture(scope="module", autouse=True)  # its start takes seconds: it goes on beside the first tests
+def forking_program() -> Iterator[Processes]:
+    processes = Processes(Path())
+    yield processes
+    processes.end()
+
+
+@pytest.fixture
+def processes(forking_program: Processes, folder: Path) -> Processes:
+    return forking_program.use(folder)
+
+
+def own_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name != "lock")
+
+
+def total_bytes(folder: Path) -> int:
+    """What lies in the folder at one moment: it is not another one at the last file than at the first."""
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return sum(path.stat().st_size for path in own_files(folder))
+
+
+def command_lines() -> list[str]:
+    lines = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+            except OSError:
+                continue
+    return lines
+
+
+def children() -> int:
+    own = str(os.getpid())
+    count = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                count += (entry / "stat").read_text().rpartition(")")[2].split()[1] == own
+            except OSError:
+                continue
+    return count
+
+
+FAULTS = {
+    "status 500": Fault(status=500),
+    "status 404": Fault(status=404),
+    "connection closed in the body": Fault(sends=9000),
+    "connection reset in the body": Fault(sends=9000, then="reset"),
+    "stalled in the body": Fault(sends=9000, then="stall"),
+    "stalled before the body": Fault(sends=0, then="stall"),
+    "cut, and its length is that of the cut": Fault(sends=9000, states="sent"),
+    "cut at a block, without a length": Fault(sends=9216, states="nothing"),
+    "no byte": Fault(sends=0, states="sent"),
+    "an error page with status 200": Fault(body=b"<html>busy</html>" * 100),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("stated", [False, True], ids=["nothing stated", "size and digest stated"])
+def test_a_fault_that_passes_leaves_the_same_bytes(server, make_cache, folder, fault, stated) -> None:
+    whole = make_shard(server.folder / "s.tar", 1)
+    faults = [fault] * (2 if stated else 1)  # what is cut twice alike counts as cut at its source, if nothing is stated
+    server.faults["s.tar"] = faults
+    known = (len(whole), file_digest(server.folder / "s.tar")) if stated else ()
+    with make_cache(timeout_s=0.7 if fault.then == "stall" else 5).hold(server.url("s.tar"), *known) as held:
+        assert (held.path.read_bytes(), held.size) == (whole, len(whole))
+    assert server.requests["s.tar"] == len(faults) + 1
+    assert own_files(folder) == [held.path]
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (Fault(status=500), r"curl ended with exit status 22: curl: \(22\) .* 500"),
+        (Fault(status=404), r"curl ended with exit status 22: curl: \(22\) .* 404"),
+        (Fault(sends=9000), r"curl ended with exit status 18: curl: \(18\)"),
+        (Fault(sends=9000, then="stall"), r"curl brought no byte for 0\.5 s"),
+    ],
+    ids=["500", "404", "closed", "stalled"],
+)
+def test_a_fault_that_stays_is_one_clear_error(server, make_cache, folder, fault, cause) -> None:
+    make_shard(server.folder / "s.tar", 1)
+    server.faults["s.tar"] = [fault] * 100
+    with pytest.raises(FetchError) as caught:
+        make_cache(timeout_s=0.5 if fault.then == "stall" else 5).hold(server.url("s.tar"))
+    start = re.escape(f"{server.url('s.tar')}: cannot be fetched, attempts: {ATTEMPTS}, the last one: ")
+    assert re.fullmatch(start + cause + ".*", str(caught.value)), str(caught.value)
+    assert server.requests["s.tar"] == ATTEMPTS
+    assert own_files(folder) == []
+
+
+def test_a_server_that_is_not_there_is_an_error(server, make_cache) -> None:
+    server.close()
+    with pytest.raises(FetchError, match=r"s\.tar: cannot be fetched, attempts: 4, .* exit status 7: curl: \(7\)"):
+        make_cache().hold(server.url("s.tar"))
+
+
+def test_a_shard_cut_at_its_source_is_taken_as_it_is(server, make_cache) -> None:
+    whole = make_shard(server.folder / "s.tar", 1)
+    (server.folder / "s.tar").write_bytes(whole[:10_001])
+    assert make_cache().hold(server.url("s.tar")).path.read_bytes() == whole[:10_001]
+    assert server.requests["s.tar"] == 2
+    (server.folder / "empty.tar").write_bytes(b"")
+    assert make_cache().hold(server.url("empty.tar")).size == 0
+
+
+def test_another_shard_than_was_indexed_is_refused(server, make_cache, folder) -> None:
+    size, cache = len(make_shard(server.folder / "s.tar", 1)), make_cache()
+    for stated, said in ((size + 512, f"{size} bytes"), (size - 512, f"more than {size - 512} bytes")):
+        message = f"another one than was indexed: {said}, the index says {stated} bytes"
+        with pytest.raises(FetchError, match=message):
+            cache.hold(server.url("s.tar"), stated)
+    digest = file_digest(server.folder / "s.tar")
+    with pytest.raises(
+        FetchError, match=f"indexed: {size} bytes with digest {digest}, the index says digest {'0' * 32}"
+    ):
+        cache.hold(server.url("s.tar"), size, "0" * 32)
+    assert own_files(folder) == []
+
+
+def test_a_finished_file_of_another_size_is_fetched_anew(server, make_cache) -> None:
+    old = make_shard(server.folder / "s.tar", 1)
+    cache = make_cache()
+    held = cache.hold(server.url("s.tar"))
+    new = make_shard(server.folder / "s.tar", 2, size=50_000)
+    with pytest.raises(FetchError, match=f"in use under this URL: {len(old)} bytes, the index says {len(new)}"):
+        cache.hold(server.url("s.tar"), len(new))
+    held.close()
+    os.truncate(held.path, 512)  # as a power cut may leave it
+    assert cache.hold(server.url("s.tar"), len(new)).path.read_bytes() == new
+
+
+def test_a_shard_is_fetched_once(server, make_cache) -> None:
+    whole, cache = make_shard(server.folder / "s.tar", 1, size=300_000), make_cache()
+    server.bytes_per_s = 3e6
+    with ThreadPoolExecutor(8) as pool:
+        shards = list(pool.map(cache.hold, [server.url("s.tar")] * 8))
+    assert {shard.path.read_bytes() for shard in shards} == {whole}
+    assert make_cache().hold(server.url("s.tar")).path == shards[0].path
+    assert server.requests["s.tar"] == 1
+
+
+def test_two_processes_fetch_a_shard_once(server, processes, tmp_path, folder) -> None:
+    make_shard(server.folder / "s.tar", 1, size=300_000)
+    server.bytes_per_s = 3e6
+    outputs = [tmp_path / "0.json", tmp_path / "1.json"]
+    running = [processes.start([server.url("s.tar")], output) for output in outputs]
+    assert [processes.wait(process) for process in running] == [0, 0]
+    digest = file_digest(server.folder / "s.tar")
+    assert [json.loads(output.read_text()) for output in outputs] == [{server.url("s.tar"): [digest]}] * 2
+    assert server.requests["s.tar"] == 1
+
+
+def test_who_waited_for_a_fetch_that_failed_does_not_begin_again(server, make_cache) -> None:
+    cache = make_cache(waits=lambda attempt: 0.1)
+
+    def hold(_: int) -> str:
+        with pytest.raises(FetchError) as caught:
+            cache.hold(server.url("none.tar"))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(hold, range(4)))) == 1
+    assert server.requests["none.tar"] == ATTEMPTS
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_limit_holds_at_every_moment(server, processes, tmp_path, folder, make_cache, seed) -> None:
+    shards = {f"{number}.tar": make_shard(server.folder / f"{number}.tar", number) for number in range(10)}
+    for number in range(0, 10, 3):
+        server.faults[f"{number}.tar"] = [Fault(sends=20_000)]
+    server.bytes_per_s = 20e6
+    make_cache()  # makes the folder
+    limit_bytes = 5 * len(shards["0.tar"])  # of 4 threads each has one in use, or is fetching it
+    urls = [server.url(name) for name in shards]
+    outputs = [tmp_path / "0.json", tmp_path / "1.json"]
+    highest, samples, ended = 0, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest, samples
+        while not ended.wait(0.001):
+            highest, samples = max(highest, total_bytes(folder)), samples + 1
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    running = [processes.start(urls, output, limit_bytes, threads=2) for output in outputs]
+    statuses = [processes.wait(process) for process in running]
+    ended.set()
+    watcher.join()
+    expected = {server.url(name): [file_digest(server.folder / name)] for name in shards}
+    assert statuses == [0, 0]
+    assert [json.loads(output.read_text()) for output in outputs] == [expected] * 2
+    assert limit_bytes * 0.8 <= highest <= limit_bytes
+    assert samples > 50
+    assert sum(server.requests.values()) > len(shards) + 4  # there was not room for all of them
+
+
+def test_held_shards_are_not_evicted_and_those_used_last_stay_longest(server, make_cache, folder) -> None:
+    shards = [make_shard(server.folder / f"{number}.tar", number) for number in range(6)]
+    cache = make_cache(limit_bytes=3 * len(shards[0]))
+    cache.hold(server.url("0.tar")).close()
+    held = cache.hold(server.url("0.tar"))  # found there, whereas the next ones are held as they come
+    for number in (1, 2, 1, 3, 4, 3, 5):  # 2, 1 and 4 have to go
+        cache.hold(server.url(f"{number}.tar")).close()
+    assert held.path.read_bytes() == shards[0]
+    names = {path.name.partition("-")[2] for path in own_files(folder)}
+    assert names == {"0.tar", "3.tar", "5.tar"}
+
+
+def test_a_hold_ends_with_the_last_reference_to_it(server, make_cache, folder) -> None:
+    size = len(make_shard(server.folder / "0.tar", 0))
+    make_shard(server.folder / "1.tar", 1)
+    cache = make_cache(limit_bytes=size)
+    held = cache.hold(server.url("0.tar"))
+    with pytest.raises(FetchError, match="too small"):
+        cache.hold(server.url("1.tar"))
+    del held
+    gc.collect()
+    assert cache.hold(server.url("1.tar")).size == size
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["size unknown", "size stated"])
+def test_a_limit_that_is_too_small_says_what_is_held(server, make_cache, folder, stated) -> None:
+    size = len(make_shard(server.folder / "0.tar", 0))
+    make_shard(server.folder / "1.tar", 1)
+    cache = make_cache(limit_bytes=2 * size - 1)
+    with cache.hold(server.url("0.tar")) as held:
+        needs = size if stated else r"\d+"
+        message = rf"1\.tar: data\.cache_limit_bytes = {2 * size - 1} is too small: this shard needs {needs} bytes"
+        with pytest.raises(FetchError, match=message + f", 1 shards in use have {size}, 0 others being fetched 0"):
+            cache.hold(server.url("1.tar"), size if stated else None)
+        assert own_files(folder) == [held.path]
+    assert server.requests["1.tar"] == (0 if stated else 1)
+    with pytest.raises(FetchError, match=rf"too small: this shard needs {10 * size} bytes, 0 shards in use"):
+        cache.hold(server.url("1.tar"), 10 * size)
+    assert own_files(folder) == [held.path]  # nothing is evicted in vain
+    assert cache.hold(server.url("1.tar")).size == size
+
+
+def test_room_that_another_fetch_has_is_waited_for(server, make_cache) -> None:
+    size = len(make_shard(server.folder / "0.tar", 0, size=200_000))
+    make_shard(server.folder / "1.tar", 1, size=200_000)
+    cache = make_cache(limit_bytes=size + 1000, attempts=100)
+    server.bytes_per_s = 1e6
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda name: cache.hold(server.url(name), size).close(), ["0.tar", "1.tar"])
+    assert sum(server.requests.values()) == 2
+
+
+def test_what_a_dead_fetch_left_is_evicted_first_and_never_taken_for_whole(server, make_cache, folder) -> None:
+    whole = make_shard(server.folder / "0.tar", 0)
+    make_shard(server.folder / "1.tar", 1)
+    cache = make_cache(limit_bytes=3 * len(whole))
+    for name in ("0.tar", "1.tar"):
+        with cache.hold(server.url(name)) as held:
+            part = held.path
+        part.rename(part.with_name(f"{part.name[:32]}.part"))
+    assert cache.hold(server.url("0.tar")).path.read_bytes() == whole
+    assert server.requests["0.tar"] == 2
+    make_shard(server.folder / "2.tar", 2, size=50_000)
+    cache.hold(server.url("2.tar"))
+    assert [path.name.partition("-")[2] for path in own_files(folder) if path.suffix == ".part"] == []
+
+
+def test_killed_fetches_leave_nothing_that_is_taken_for_whole(server, processes, make_cache, folder, tmp_path) -> None:
+    draws = random.Random(5)
+    server.bytes_per_s = 2e6  # 0.05 s for a shard
+    finished = 0
+    for number in range(16):
+        name = f"{number % 8}.tar"  # every shard twice: the second fetch takes over what the first one left
+        whole = make_shard(server.folder / name, number % 8, size=100_000)
+        process = processes.start([server.url(name)], tmp_path / "output.json")
+        time.sleep(draws.uniform(0, 0.08))
+        os.kill(process, signal.SIGKILL)
+        finished += processes.wait(process) == 0
+        for path in own_files(folder):
+            assert path.suffix == ".part" or path.read_bytes() == (server.folder / path.name[33:]).read_bytes()
+        if number >= 8:
+            assert make_cache().hold(server.url(name), len(whole)).path.read_bytes() == whole
+    assert 16 - finished >= 10
+    assert [path.suffix for path in own_files(folder)] == [".tar"] * 8
+
+
+def test_a_stalled_command_is_killed_with_all_that_it_started(make_cache, tmp_path) -> None:
+    make_shard(tmp_path / "s.tar", 1)
+    cache = make_cache(timeout_s=1, attempts=1, allow_pipe=True)
+    lasting = f"sleep 4242.{os.getpid()}"
+    command = f"pipe:echo a reason >&2; head -c 9000 {tmp_path}/s.tar; {lasting} & {lasting}"
+    with pytest.raises(FetchError, match=r"attempts: 1, .* the command brought no byte for 1 s: a reason$"):
+        cache.hold(command)
+    with pytest.raises(FetchError, match=r"the command did not end for 1 s"):
+        cache.hold(f"pipe:exec 1>&-; {lasting}")
+    cache.hold(f"pipe:cat {tmp_path}/s.tar; {lasting} >&2 &")  # ended well, and left something behind
+    assert not [line for line in command_lines() if lasting in line]
+
+
+def test_pipes_need_to_be_allowed(make_cache, tmp_path, monkeypatch) -> None:
+    whole = make_shard(tmp_path / "s.tar", 1)
+    url = f"pipe:cat {tmp_path}/s.tar | cat"
+    with pytest.raises(DataError, match=r"^pipe:cat .* needs data\.allow_pipe=true"):
+        make_cache().hold(url)
+    assert make_cache(allow_pipe=True).hold(url).path.read_bytes() == whole
+    with pytest.raises(FetchError, match=r"the command ended with exit status 3: oh no$"):
+        make_cache(allow_pipe=True).hold("pipe:echo oh no >&2; exit 3")
+    with pytest.raises(FetchError, match=r"the command was killed by signal 9$"):
+        make_cache(allow_pipe=True).hold("pipe:kill -9 $$")
+    monkeypatch.setenv("GOPEN_REWRITE", f"http://there/=pipe:cat {tmp_path}/")
+    with pytest.raises(DataError, match=r"needs data\.allow_pipe=true"):
+        make_cache().hold("http://there/s.tar")
+    assert make_cache(allow_pipe=True).hold("http://there/s.tar").path.read_bytes() == whole
+    monkeypatch.delenv("GOPEN_REWRITE")
+    monkeypatch.setattr("webdataset.utils.enforce_security", True)
+    with pytest.raises(FetchError, match="WDS_SECURE in the environment forbids pipes"):
+        make_cache(allow_pipe=True).hold("pipe:true")
+
+
+def test_object_stores_are_read_by_their_programs(make_cache, tmp_path, monkeypatch) -> None:
+    whole = make_shard(tmp_path / "bucket" / "s.tar", 1)
+    for name in ("aws", "gsutil"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho "$0" "$@" >> {tmp_path}/calls\nexec cat {tmp_path}/bucket/s.tar\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for url in ("s3://bucket/s.tar", "gs://bucket/s.tar"):
+        assert make_cache().hold(url).path.read_bytes() == whole
+    assert (tmp_path / "calls").read_text().replace(f"{tmp_path}/bin/", "").splitlines() == [
+        "aws s3 cp --only-show-errors s3://bucket/s.tar -",
+        "gsutil cat gs://bucket/s.tar",
+    ]
+
+
+@pytest.mark.parametrize(("scheme", "program"), [("s3", "aws"), ("gs", "gsutil"), ("https", "curl")])
+def test_a_missing_program_is_named_at_once(make_cache, tmp_path, monkeypatch, scheme, program) -> None:
+    cache = make_cache(waits=lambda attempt: pytest.fail("waited, though trying again cannot help"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = f"^{scheme}://b/s.tar: {scheme}: URLs need the program `{program}`, which is not installed$"
+    with pytest.raises(FetchError, match=message):
+        cache.hold(f"{scheme}://b/s.tar")
+    with pytest.raises(FetchError, match=r"^ftp://b/s\.tar: must be a path or begin with one of http:, https:, s3:"):
+        cache.hold("ftp://b/s.tar")
+
+
+def test_paths_are_copied(make_cache, tmp_path) -> None:
+    whole = make_shard(tmp_path / "in" / "s.tar", 1)
+    held = make_cache().hold(str(tmp_path / "in" / "s.tar"), len(whole))
+    (tmp_path / "in" / "s.tar").unlink()
+    assert held.path.read_bytes() == whole
+    with pytest.raises(FetchError, match=r"/no\.tar: cannot be fetched, .* cat: .*: No such file or directory"):
+        make_cache().hold(str(tmp_path / "no.tar"))
+
+
+def test_names_in_the_folder_come_from_no_url(server, make_cache, folder) -> None:
+    make_shard(server.folder / "s.tar", 1)
+    cache = make_cache(allow_pipe=True)
+    urls = [server.url(f"x/../s.tar{query}") for query in ("", "?signature=secret/../../x", "#/..", "?" + "y" * 400)]
+    urls += [f"pipe:cat {server.folder}/s.tar #{end}" for end in ("/../../..", "/" + "z" * 300, "/a\0b.part", "/lock")]
+    for url in urls:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cmpt.data.opener._command", lambda *_: (["cat", f"{server.folder}/s.tar"], "cat"))
+            path = cache.hold(url).path
+        assert path.parent == folder and re.fullmatch(r"[0-9a-f]{32}-[A-Za-z0-9._-]{0,100}", path.name)
+    assert len(own_files(folder)) == len(urls)
+    assert not [path for path in own_files(folder) if "secret" in path.name]
+
+
+def test_files_of_others_are_neither_counted_nor_evicted(server, make_cache, folder) -> None:
+    size = len(make_shard(server.folder / "s.tar", 1))
+    folder.mkdir()
+    (folder / "my-only-copy.tar").write_bytes(bytes(10 * size))
+    (folder / "sub").mkdir()
+    make_shard(server.folder / "t.tar", 2)
+    cache = make_cache(limit_bytes=size)
+    for name in ("s.tar", "t.tar"):
+        cache.hold(server.url(name)).close()
+    names = {path.name.partition("-")[2] for path in own_files(folder)}
+    assert names == {"only-copy.tar", "t.tar", ""}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_shards_are_fetched_ahead(server, make_cache, folder) -> None:
+    cache = make_cache()
+    for number in range(5):
+        make_shard(server.folder / f"{number}.tar", number)
+        for _ in range(3):
+            cache.ahead(server.url(f"{number}.tar"))
+    assert sum(thread.name == "cmpt-fetch" for thread in threading.enumerate()) == 2
+    until(lambda: sum(path.suffix == ".tar" for path in own_files(folder)) == 5)
+    for number in range(5):
+        cache.hold(server.url(f"{number}.tar"))
+        assert server.requests[f"{number}.tar"] == 1
+
+
+def test_fetching_ahead_keeps_errors_for_hold_and_leaves_a_full_cache(server, make_cache, folder) -> None:
+    size = len(make_shard(server.folder / "0.tar", 0))
+    make_shard(server.folder / "1.tar", 1)
+    cache = make_cache(limit_bytes=size, workers=1)
+    held = cache.hold(server.url("0.tar"))
+    for name in ("none.tar", "1.tar"):
+        cache.ahead(server.url(name))
+    cache.ahead("pipe:true")
+    cache.ahead("no such path")
+    until(lambda: server.requests["1.tar"] == 1)
+    with pytest.raises(FetchError, match="404"):
+        cache.hold(server.url("none.tar"))
+    until(lambda: own_files(folder) == [held.path])
+    held.close()
+    cache.ahead(server.url("1.tar"))
+    until(lambda: [path.name[33:] for path in own_files(folder)] == ["1.tar"])
+
+
+def test_closing_ends_fetches_and_waits_at_once(server, make_cache, folder) -> None:
+    names = ["stalled.tar", "missing.tar", "waited-for.tar"]
+    for name in names:
+        make_shard(server.folder / name, 1)
+    server.faults["stalled.tar"] = server.faults["waited-for.tar"] = [Fault(sends=9000, then="stall")]
+    server.faults["missing.tar"] = [Fault(status=404)] * 9
+    cache = make_cache(timeout_s=60, waits=lambda attempt: 60)
+    cache.ahead(server.url("waited-for.tar"))
+    until(lambda: server.requests["waited-for.tar"] == 1)
+    with ThreadPoolExecutor(3) as pool:
+        holds = [pool.submit(cache.hold, server.url(name)) for name in names]
+        until(lambda: all(server.requests[name] for name in names))
+        time.sleep(0.1)
+        start = time.monotonic()
+        cache.close()
+        for hold in holds:
+            with pytest.raises(FetchError, match=r"\.tar: the fetch was ended"):
+                hold.result(5)
+        assert time.monotonic() - start < 1
+    assert children_of_curl(server) == []
+    assert own_files(folder) == []
+    cache.ahead(server.url("stalled.tar"))
+    with pytest.raises(FetchError, match="the fetch was ended"):
+        cache.hold(server.url("stalled.tar"))
+    assert make_cache().hold(server.url("stalled.tar")).size > 0
+
+
+def children_of_curl(server: FlakyServer) -> list[str]:
+    return [line for line in command_lines() if server.url("") in line and line.startswith("curl")]
+
+
+def test_descriptors_and_processes_do_not_add_up(make_cache, tmp_path) -> None:
+    cache = make_cache(limit_bytes=100_000, allow_pipe=True, attempts=2)
+    make_shard(tmp_path / "s.tar", 1)
+    cache.hold(str(tmp_path / "s.tar")).close()
+    gc.collect()
+    descriptors, processes = len(os.listdir("/proc/self/fd")), children()
+    for number in range(50):
+        if number % 5 == 0:
+            with pytest.raises(FetchError):
+                cache.hold(f"pipe:head -c 999 {tmp_path}/s.tar; exit {number + 1}")
+        else:
+            cache.hold(f"pipe:cat {tmp_path}/s.tar #{number}")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert children() == processes
+
+
+def test_a_removed_cache_is_made_again(server, make_cache, folder) -> None:
+    whole, cache = make_shard(server.folder / "s.tar", 1), make_cache()
+    for path in [*own_files(folder), folder / "lock"]:
+        path.unlink()
+    folder.rmdir()
+    assert cache.hold(server.url("s.tar")).path.read_bytes() == whole
+
+
+def test_an_unusable_folder_names_the_field(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"data\.cache_folder cannot be made: "):
+        ShardCache.of(schema.Data(cache_folder=str(tmp_path / "file")))
+
+
+def test_a_disk_that_takes_no_more_is_an_error(make_cache, tmp_path, monkeypatch) -> None:
+    make_shard(tmp_path / "s.tar", 1)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(FetchError, match=r"s\.tar: cannot be kept in data\.cache_folder: .*No space left"):
+        make_cache().hold(str(tmp_path / "s.tar"))
+
+
+def test_waits_double_up_to_a_minute() -> None:
+    for attempt, least in ((1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (5000, 60)):
+        waits = [default_backoff(attempt) for _ in range(50)]
+        assert least <= min(waits) < max(waits) <= least * 1.25
