@@ -158,6 +158,41 @@ def test_two_processes_under_deepspeed_give_the_same_digests_and_losses(
     assert ours_last["image_to_text_r10"] == pytest.approx(reference_last["image_to_text_r10"], abs=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_four_two_one_two_processes_with_kills_are_one_run(tmp_path: Path, free_port: int) -> None:
+    """Every process is killed with -9 in each part; the digests are those of one uninterrupted process."""
+    sources = "data.train=[{urls: ['pkg:data/clipart/train-{0000..0003}.tar'], weight: 3}, "
+    sources += "{urls: ['pkg:data/clipart/train-{0004..0007}.tar'], weight: 2}]"
+    more = [sources, "run.duration=48 steps", "run.checkpoint_every=3 steps"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def begin(name: str, world_size: int) -> subprocess.Popen[bytes]:
+        launcher = ["deepspeed", "--num_accelerators", str(world_size), "--master_port", str(free_port)]
+        command = [*(launcher if world_size > 1 else ["python"]), "cmpt/train.py", RECIPE]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, *overrides(tmp_path, name, *more)], cwd=REPOSITORY, env=environment, **quiet)
+
+    assert begin("whole", 1).wait(timeout=300) == 0
+    run = tmp_path / "parts"
+    for world_size, until in ((4, 10), (2, 20), (1, 30)):
+        process = begin("parts", world_size)
+        limit = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < limit:
+            if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= until:
+                break
+            time.sleep(0.01)
+        subprocess.run(["pkill", "-9", "-f", f"run.folder={tmp_path} "], check=False)
+        assert process.wait(timeout=60) != 0, "it ended before it was killed"
+    assert begin("parts", 2).wait(timeout=300) == 0
+    found, expected = rows(run), rows(tmp_path / "whole")
+    assert [row["step"] for row in found] == list(range(1, 49))
+    assert [row["batch_digest"] for row in found] == [row["batch_digest"] for row in expected]
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_masks_by_embeddings_with_two_processes_and_sharded_weights(
     tmp_path: Path, run_cli: RunCli, free_port: int
@@ -315,12 +350,19 @@ def test_unusable_samples_are_replaced_counted_and_named(tmp_path: Path, run_cli
     assert {key for _, key in once} == {"s0061", "s0062", "s0063"}
     assert len({cause for cause, _ in once}) == 3
     assert rows(tmp_path / "dirty")[-1]["skipped_samples"] == len(skips)
+    for row in rows(tmp_path / "dirty"):  # what was in a step can be had again without running anything
+        ledger = [sys.executable, "-m", "cmpt.data.streams", RECIPE, *overrides(tmp_path, "dirty", *more)]
+        listed = run_cli([*ledger, "--step", str(row["step"])])
+        assert listed.returncode == 0, listed.stderr
+        assert listed.stdout.splitlines()[-1] == f"batch_digest {row['batch_digest']}, as the run logged it"
+        assert len(listed.stdout.splitlines()) == 1 + 32 + 1
 
 
 @pytest.mark.multiprocess
 def test_a_set_in_which_everything_is_rejected_stops_and_says_so(tmp_path: Path, run_cli: RunCli) -> None:
     damaged_shard(tmp_path / "s.tar", good=0)
-    done = run_cli([*TRAIN, *overrides(tmp_path, "hopeless", f"data.train=[{{urls: [{tmp_path}/s.tar]}}]")])
+    more = [f"data.train=[{{urls: [{tmp_path}/s.tar]}}]", "data.streams=1"]
+    done = run_cli([*TRAIN, *overrides(tmp_path, "hopeless", *more)])
     assert done.returncode == 2
     assert "cannot be used" in done.stderr and "Traceback" not in done.stderr
 
