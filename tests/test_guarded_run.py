@@ -195,7 +195,8 @@ def test_a_flipped_weight_ends_the_run_before_the_next_checkpoint(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_after_a_rewind_all_ranks_have_the_same_weights_again(stage: int, train: Run, tmp_path: Path) -> None:
     """A flip of what is computed with, then one of what is stepped; compared at every step. Two rewinds, no more."""
     more = ["guard.weights_every=1 steps", "guard.unequal_weights=rewind", f"engine.zero_stage={stage}"]

@@ -177,6 +177,29 @@ def test_windows_have_the_stated_statistics() -> None:
     assert abs(np.mean([w.flip for w in windows]) - 0.5) < 0.03
 
 
+@pytest.mark.parametrize(("height", "width"), [(384, 512), (512, 384), (100, 101), (7, 9), (1, 1), (3, 1000)])
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0)])
+def test_windows_are_those_of_the_plain_algorithm(height, width, scale) -> None:
+    """Attempts that are left out early are ones that could not have fitted."""
+    image = schema.Image(crop_scale=scale)
+    log_low, log_high = (math.log(ratio) for ratio in image.crop_ratio)
+    for draws in DRAWS[:500].tolist():
+        expected = None
+        for area_draw, ratio_draw in zip(draws[3::2], draws[4::2], strict=True):
+            area = height * width * (scale[0] + area_draw * (scale[1] - scale[0]))
+            ratio = math.exp(log_low + ratio_draw * (log_high - log_low))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                expected = (int(draws[1] * (height - h + 1)), int(draws[2] * (width - w + 1)), h, w)
+                break
+        found = crop_window(np.array(draws), height, width, image)[:4]
+        if expected:
+            assert found == expected
+        else:
+            ratio = min(max(width / height, image.crop_ratio[0]), image.crop_ratio[1])
+            assert found[2:] == (min(height, round(width / ratio)), min(width, round(height * ratio)))
+
+
 def test_retries_keep_the_conditional_distribution() -> None:
     """Against torchvision's algorithm, written out with numpy's generator, where most first attempts fail."""
     image = schema.Image(crop_scale=(0.5, 1.0), crop_ratio=(0.5, 2.0))
@@ -221,6 +244,21 @@ def test_train_view_is_the_window_resized() -> None:
     assert flips == {True, False}
 
 
+@pytest.mark.parametrize("size", [16, 60])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_given_array_gets_the_same_pixels(size, flip) -> None:
+    image = schema.Image(size=size, crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0), flip=flip)
+    rows_BCHW = np.zeros((3, 3, size, size), np.uint8)
+    data = jpeg(1, 60, 60)
+    for draws in DRAWS[:10]:
+        alone = train_pixels(data, examine_image(data, LIMIT), draws, image)
+        given = train_pixels(data, examine_image(data, LIMIT), draws, image, rows_BCHW[1])
+        assert np.shares_memory(given, rows_BCHW)
+        np.testing.assert_array_equal(given, alone)
+        np.testing.assert_array_equal(rows_BCHW[1], alone)
+    assert not rows_BCHW[[0, 2]].any()
+
+
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (80, 60), (64, 64), (16, 16), (9, 40), (100, 17)])
 def test_heldout_view_equals_pillow_resize_and_centre_crop(height, width) -> None:
     """open_clip's evaluation transform, with Pillow."""
@@ -233,6 +271,14 @@ def test_heldout_view_equals_pillow_resize_and_centre_crop(height, width) -> Non
     expected = resized[top : top + 16, left : left + 16].transpose(2, 0, 1)
     assert found.shape == (3, 16, 16)
     assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 16), (16, 32), (50, 60), (1, 9)])
+def test_resize_equals_torch_interpolate_bit_for_bit(size) -> None:
+    for pixels_HWC in (picture(1), picture(2, 40, 56)[8:32, 5:37], picture(3)[::-1], picture(4, 1, 7)):
+        chosen = torch.from_numpy(pixels_HWC.transpose(2, 0, 1)[None].copy())
+        expected = torch.nn.functional.interpolate(chosen, size=size, mode="bicubic", antialias=True)[0]
+        np.testing.assert_array_equal(resize(pixels_HWC, *size), expected.numpy())
 
 
 def test_resize_to_the_same_size_is_the_identity() -> None:

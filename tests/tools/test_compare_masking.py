@@ -271,6 +271,7 @@ def test_a_second_start_makes_only_what_is_not_there(
     assert "step times of none in another recipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_study_from_start_to_report_and_again_without_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
