@@ -132,6 +132,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
     texts = {"extensions": index.extensions, "fault": index.fault or (), "digest": (index.digest or "",)}
     arrays = {name: getattr(index, name) for name in _ARRAYS} | {"shard_bytes": np.int64(index.shard_bytes)}
     arrays |= {name: np.frombuffer("\0".join(texts[name]).encode(), dtype=np.uint8) for name in _TEXTS}
+    path.parent.mkdir(exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -149,7 +150,7 @@ def load_index(path: Path) -> ShardIndex | None:
         with np.load(path, allow_pickle=False) as file:
             texts = {name: file[name].tobytes().decode().split("\0") for name in _TEXTS}
             return ShardIndex(
-                extensions=tuple(texts["extensions"]),
+                extensions=tuple(texts["extensions"]) if len(file["member_end_N"]) else (),
                 fault=ShardFault(Cause(texts["fault"][0]), texts["fault"][1]) if len(texts["fault"]) > 1 else None,
                 digest=texts["digest"][0] or None,
                 shard_bytes=int(file["shard_bytes"]),

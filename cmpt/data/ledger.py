@@ -292,10 +292,13 @@ def _places(shard: Shard, causes: Mapping[str, set[str]]) -> frozenset[int]:
 def checked(path: Path, shards: Sequence[Sequence[Shard]]) -> LeftOut:
     """What tools/check_shards.py found unusable. Raises DataError for a file that is not its result."""
     try:
-        rows = json.loads(path.read_text())["shards"]
+        result = json.loads(path.read_text())
+        rows, depth = result["shards"], result["checks"]
         unusable = {row["url"]: frozenset(int(sample["place"]) for sample in row["unusable"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"--checked = {path}: is not a result of tools/check_shards.py: {error!r}") from error
+    if depth == "headers":
+        raise DataError(f"--checked = {path}: was made with --headers-only, which looks at no sample")
     return LeftOut(
         {
             (source, unit): unusable[shard.url]

@@ -13,6 +13,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,8 @@ def index_shard(url: str, data: schema.Data) -> Shard:
     if opener.problem:
         raise DataError(opener.problem)
     try:
-        return opener.shards(opener.index([0]))[0]
+        # In this thread, not in one of `index`: an interrupt then ends a fetch, instead of waiting for it.
+        return opener.shards({0: opener.entry(0)})[0]
     finally:
         opener.close()
 
@@ -165,26 +167,28 @@ class _Opener:
                 f"{self._source}: {len(missing)} of {len(self._urls)} shards do not exist: {_some(missing)}"
             )
         wanted = {identity: place for place, identity in enumerate(self._identities)}
-        # Count and state are part of the name: one listing of the folder instead of a look into each of many files.
-        for name in os.listdir(self._folder):
-            identity, _, rest = name.partition(".")
-            place = wanted.get(identity)
-            if place is None or name.endswith(".tmp"):
-                continue
-            count, state, _ = rest.split(".")
-            if state == "whole":
-                self.known[place] = _Known(int(count), None)
-            elif (index := load_index(self._folder / name)) is not None:
-                self.known[place] = _Known(len(index), index.fault)
+        # Count and state are part of the name: a listing of 256 folders instead of a look into each of many files.
+        for folder in sorted({_subfolder(self._folder, identity) for identity in wanted}):
+            for name in os.listdir(folder) if folder.is_dir() else []:
+                identity, _, rest = name.partition(".")
+                place = wanted.get(identity)
+                if place is None or name.endswith(".tmp"):
+                    continue
+                count, state, _ = rest.split(".")
+                if state == "whole":
+                    self.known[place] = _Known(int(count), None)
+                elif (index := load_index(folder / name)) is not None:
+                    self.known[place] = _Known(len(index), index.fault)
 
     def index(self, places: Sequence[int]) -> dict[int, _Known]:
         """What is known of the shards at these places; those of which nothing is are indexed, several at a time."""
         fetched = any(self._cached(self._urls[place]) for place in places)
         threads = self._data.fetch_workers if fetched else _INDEX_THREADS
         with ThreadPoolExecutor(threads, thread_name_prefix="cmpt-index") as pool:
-            return dict(zip(places, pool.map(self._entry, places), strict=True))
+            return dict(zip(places, pool.map(self.entry, places), strict=True))
 
-    def _entry(self, place: int) -> _Known:
+    def entry(self, place: int) -> _Known:
+        """What is known of the shard at a place, which is indexed where that is nothing."""
         if place in self.known:
             return self.known[place]
         url = self._urls[place]
@@ -192,10 +196,14 @@ class _Opener:
             index = _index_beside(url) if is_local(url) else None
             if index is None:
                 index = self._made(url)
-            save_index(index, self._index_path(place, _Known(len(index), index.fault)))
         except (FetchError, OSError) as error:
             return _Known(0, ShardFault(Cause.UNREACHABLE_SHARD, str(error)))
-        return _Known(len(index), index.fault)
+        known = _Known(len(index), index.fault)
+        try:
+            save_index(index, self._index_path(place, known))
+        except OSError as error:
+            raise DataError(f"data.cache_folder cannot be written to: {error}") from error
+        return known
 
     def _made(self, url: str) -> ShardIndex:
         if not self._cached(url):
@@ -212,7 +220,8 @@ class _Opener:
         return not is_local(url) or self._data.cache == "always"
 
     def _index_path(self, place: int, known: _Known) -> Path:
-        return self._folder / f"{self._identities[place]}.{known.samples}.{'broken' if known.fault else 'whole'}.npz"
+        identity, state = self._identities[place], "broken" if known.fault else "whole"
+        return _subfolder(self._folder, identity) / f"{identity}.{known.samples}.{state}.npz"
 
     def shards(self, known: dict[int, _Known]) -> list[Shard]:
         names = short_names(self._urls)
@@ -256,7 +265,8 @@ class _OpenShard:
             path = self._held.path
         if index is None:  # made on another host, or gone
             index = build_index(path, shard.url)
-            save_index(index, shard.index_path)
+            with suppress(OSError):  # then it is made again the next time
+                save_index(index, shard.index_path)
         if len(index) != shard.count:
             raise DataError(f"{shard.url}: changed while in use, {shard.count} samples before, {len(index)} now")
         self.index = index
@@ -360,6 +370,10 @@ class ShardReader:
         with self._lock:
             self._lost[shard.url] = (time.monotonic(), error)
         return error
+
+
+def _subfolder(folder: Path, identity: str) -> Path:
+    return folder / identity[:2]
 
 
 def _stated(index: ShardIndex | None) -> tuple[int | None, str | None]:

@@ -163,7 +163,7 @@ def _examine_other(data: bytes) -> ImageHeader:
             name, (width, height) = image.format or "", image.size
     except PIL.UnidentifiedImageError as error:
         if _has_known_signature(data):
-            raise UnusableError(Cause.BROKEN_HEADER, one_line(error)) from error
+            raise UnusableError(Cause.BROKEN_HEADER, "the right signature, but no image behind it") from error
         cause = Cause.HTML_PAGE if data[:512].lstrip().lower().startswith(_PAGE_STARTS) else Cause.UNKNOWN_SIGNATURE
         raise UnusableError(cause, f"first bytes {data[:12]!r}") from error
     except PIL.Image.DecompressionBombError as error:

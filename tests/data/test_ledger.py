@@ -90,8 +90,13 @@ def test_results_of_check_shards_and_checkpoints_are_read(make_loader, shard_pat
     loader = make_loader(shard_pattern)
     url = loader.shards[0][1].url
     result = tmp_path / "checked.json"
-    result.write_text(json.dumps({"shards": [{"url": url, "unusable": [{"place": 3}, {"place": 0}]}]}))
+    result.write_text(
+        json.dumps({"checks": "samples", "shards": [{"url": url, "unusable": [{"place": 3}, {"place": 0}]}]})
+    )
     assert checked(result, loader.shards) == LeftOut({(0, 1): frozenset({0, 3})})
+    result.write_text(json.dumps({"checks": "headers", "shards": []}))
+    with pytest.raises(DataError, match="made with --headers-only"):
+        checked(result, loader.shards)
     result.write_text("[]")
     with pytest.raises(DataError, match="is not a result of tools/check_shards.py"):
         checked(result, loader.shards)

@@ -40,7 +40,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakySer
 
 @pytest.fixture
 def remote(settings: schema.Data) -> schema.Data:
-    settings.fetch_timeout_s, settings.fetch_workers = 0.5, 2
+    settings.fetch_timeout_s, settings.fetch_workers = 1.5, 2
     return settings
 
 
