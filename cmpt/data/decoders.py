@@ -45,7 +45,7 @@ class CpuDecoder:
                 for b in rows:
                     data, header, draws = encoded[b]
                     try:
-                        pixels_BCHW[b] = train_pixels(data, header, draws, self._image)
+                        train_pixels(data, header, draws, self._image, pixels_BCHW[b])
                     except UnusableError as error:
                         pixels_BCHW[b] = 0
                         refused[b] = error

@@ -6,9 +6,12 @@ import gzip
 import hashlib
 import html
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,9 @@ def read_sentencepiece(path: Path) -> Any:
 
 # Words, single digits and runs of other signs, after lower-casing (openai/CLIP, simple_tokenizer.py).
 _CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# The same where all is ASCII.
+_ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+_WORDS_REMEMBERED = 1 << 16
 _CLIP_MERGES = 49152 - 256 - 2  # what CLIP uses of the 262,144 in its file
 CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 """Of CLIP's own merges, a line each: those that open_clip always uses."""
@@ -157,6 +163,7 @@ class ClipTokenizer(Tokenizer):
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
+        self._ids_of_word = lru_cache(_WORDS_REMEMBERED)(lambda word: self._bpe.encode(word).ids)
         self._pieces = pieces
         self._byte_of_letter = {letter: byte for byte, letter in _bytes_to_letters().items()}
         self._specials_from = len(pieces)
@@ -166,7 +173,11 @@ class ClipTokenizer(Tokenizer):
         self.eot_id = len(pieces) + 1
 
     def text_ids(self, text: str) -> list[int]:
-        return self._bpe.encode(clean_text(text).lower()).ids
+        text = clean_text(text).lower()
+        if not text.isascii():
+            return self._bpe.encode(text).ids
+        # Captions are made of few words, and to ask for each costs less than to have the library cut the text.
+        return list(chain.from_iterable(map(self._ids_of_word, _ASCII_WORDS.findall(text))))
 
     def decode(self, ids: Sequence[int]) -> str:
         letters = "".join(self._pieces[token] for token in ids if token < self._specials_from)

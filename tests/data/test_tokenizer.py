@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import pytest
 import sentencepiece
 import torch
 
-from cmpt.data.tokenizer import open_tokenizer, pack_captions
+from cmpt.data.tokenizer import ClipTokenizer, clean_text, open_tokenizer, pack_captions
 from cmpt.recipe import schema
 
 TEXTS = [
@@ -63,6 +64,18 @@ def test_clip_bpe_equals_open_clip(context_length) -> None:
         assert ids[0] == 49406 and ids[-1] == 49407 and len(ids) <= context_length
         assert ids == theirs([text])[0].tolist()[: len(ids)], text
         assert not theirs([text])[0][len(ids) :].any(), text
+
+
+def test_clip_ids_word_by_word_are_those_of_the_whole_text() -> None:
+    """What is all ASCII takes another way; here are texts of both kinds, with every sign next to every other."""
+    load_simple_tokenizer()
+    tokenizer = open_tokenizer(schema.Tokenizer("clip_bpe"), 77)
+    assert isinstance(tokenizer, ClipTokenizer)
+    generator = random.Random(0)
+    signs = [*map(chr, range(128)), *"''''stredlvm    ABCabc123&;<>", "é", "\u212a", "—"]
+    for trial in range(3000):
+        text = "".join(generator.choices(signs, k=trial % 40))
+        assert tokenizer.text_ids(text) == tokenizer._bpe.encode(clean_text(text).lower()).ids, repr(text)
 
 
 def test_a_special_token_in_a_caption_stays_text() -> None:
