@@ -156,7 +156,7 @@ class ShardCache:
                 self._asked.discard(wanted.url)
 
     def _fetch(self, part: Part, wanted: Wanted, waited_for: bool) -> HeldShard:
-        """All attempts. `waited_for`: also where the cache is full of other fetches, which end some time."""
+        """All attempts. `waited_for`: also where all of the cache is in use, which may end."""
         try:
             return self._make_attempts(part, wanted, waited_for)
         except FetchError as error:

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class Part:
 
 
 class NoRoom(Exception):  # noqa: N818
-    """The limit leaves no room for more bytes; `may_change`: by the end of other fetches."""
+    """The limit leaves no room for more bytes; `may_change`: when others let go of what they hold or fetch."""
 
     def __init__(self, message: str, may_change: bool) -> None:
         super().__init__(message)
@@ -99,7 +100,7 @@ class CacheFolder:
             held = _hold(final)
             if held is not None:
                 if wanted.size in (None, held.size):
-                    os.utime(final)  # used now: evicted late
+                    _touch(final)
                     return held
                 held.close()
                 if not _is_free(final):
@@ -147,7 +148,7 @@ class CacheFolder:
             raise NoRoom(
                 f"data.cache_limit_bytes = {self._limit_bytes} is too small: this shard needs {needed} bytes, "
                 f"{len(used)} shards in use have {sum(used)}, {len(fetching)} others being fetched {sum(fetching)}",
-                may_change=needed + sum(used) <= self._limit_bytes,
+                may_change=needed <= self._limit_bytes,
             )
         for path in leaving:
             os.unlink(path)
@@ -158,7 +159,7 @@ class CacheFolder:
         with self._locked():
             os.ftruncate(part.descriptor, size)
             os.rename(part.path, part.final)
-            os.utime(part.final)
+            _touch(part.final)
             # A change of the kind of a lock may let others in between: here none, they need the folder's lock.
             fcntl.flock(part.descriptor, fcntl.LOCK_SH)
             return HeldShard(part.final, size, os.dup(part.descriptor))
@@ -213,6 +214,12 @@ def _name(url: str) -> str:
     """Which shard it is, as a digest, and its base name for who looks into the folder; no signature of the URL."""
     base = re.split("[?#]", url)[0].rstrip("/").rpartition("/")[2]
     return f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{re.sub(r'[^A-Za-z0-9._-]', '_', base)[-100:]}"
+
+
+def _touch(path: Path) -> None:
+    """Used now: evicted late."""
+    now = time.time_ns()  # the kernel's own time of a file is as coarse as its ticks
+    os.utime(path, ns=(now, now))
 
 
 def _lock(descriptor: int, kind: int) -> bool:

@@ -1,4 +1,4 @@
-"""The cache of shards: every fault of a source, the limit, and processes that die or meet in one folder."""
+"""The cache of shards: its limit, and processes that die or meet in one folder."""
 
 from __future__ import annotations
 
@@ -13,33 +13,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from data.caching import ATTEMPTS, CacheMaker, command_lines, make_caches, make_shard, own_files, serve, until
 from data.flaky_server import Fault, FlakyServer
-from data.making import write_tar
 
 from cmpt.data.cache import FetchError, ShardCache, default_backoff, file_digest
 from cmpt.data.validate import DataError
 from cmpt.recipe import schema
 
-ATTEMPTS = 4
-CacheMaker = Callable[..., ShardCache]
-
-
-def make_shard(path: Path, number: int, size: int = 30_000) -> bytes:
-    path.parent.mkdir(exist_ok=True)
-    return write_tar(path, [("000000", {"jpg": random.Random(number).randbytes(size)})]).read_bytes()
-
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FlakyServer]:
-    (tmp_path / "served").mkdir()
-    server = FlakyServer(tmp_path / "served")
-    yield server
-    server.close()
+    yield from serve(tmp_path / "served")
 
 
 @pytest.fixture
@@ -49,16 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_cache(folder: Path) -> Iterator[CacheMaker]:
-    made = []
-
-    def make(limit_bytes: int = 10_000_000, timeout_s: float = 5, allow_pipe: bool = False, **more) -> ShardCache:
-        settings = {"workers": 2, "attempts": ATTEMPTS, "waits": lambda attempt: 0.01, **more}
-        made.append(ShardCache(folder, limit_bytes, timeout_s=timeout_s, allow_pipe=allow_pipe, **settings))
-        return made[-1]
-
-    yield make
-    for cache in made:
-        cache.close()
+    yield from make_caches(folder)
 
 
 class Processes:
@@ -105,115 +85,11 @@ def processes(forking_program: Processes, folder: Path) -> Processes:
     return forking_program.use(folder)
 
 
-def own_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name != "lock")
-
-
 def total_bytes(folder: Path) -> int:
     """What lies in the folder at one moment: it is not another one at the last file than at the first."""
     with (folder / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         return sum(path.stat().st_size for path in own_files(folder))
-
-
-def command_lines() -> list[str]:
-    lines = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
-            except OSError:
-                continue
-    return lines
-
-
-def children() -> int:
-    own = str(os.getpid())
-    count = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                count += (entry / "stat").read_text().rpartition(")")[2].split()[1] == own
-            except OSError:
-                continue
-    return count
-
-
-FAULTS = {
-    "status 500": Fault(status=500),
-    "status 404": Fault(status=404),
-    "connection closed in the body": Fault(sends=9000),
-    "connection reset in the body": Fault(sends=9000, then="reset"),
-    "stalled in the body": Fault(sends=9000, then="stall"),
-    "stalled before the body": Fault(sends=0, then="stall"),
-    "cut, and its length is that of the cut": Fault(sends=9000, states="sent"),
-    "cut at a block, without a length": Fault(sends=9216, states="nothing"),
-    "no byte": Fault(sends=0, states="sent"),
-    "an error page with status 200": Fault(body=b"<html>busy</html>" * 100),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("stated", [False, True], ids=["nothing stated", "size and digest stated"])
-def test_a_fault_that_passes_leaves_the_same_bytes(server, make_cache, folder, fault, stated) -> None:
-    whole = make_shard(server.folder / "s.tar", 1)
-    faults = [fault] * (2 if stated else 1)  # what is cut twice alike counts as cut at its source, if nothing is stated
-    server.faults["s.tar"] = faults
-    known = (len(whole), file_digest(server.folder / "s.tar")) if stated else ()
-    with make_cache(timeout_s=0.7 if fault.then == "stall" else 5).hold(server.url("s.tar"), *known) as held:
-        assert (held.path.read_bytes(), held.size) == (whole, len(whole))
-    assert server.requests["s.tar"] == len(faults) + 1
-    assert own_files(folder) == [held.path]
-
-
-@pytest.mark.parametrize(
-    ("fault", "cause"),
-    [
-        (Fault(status=500), r"curl ended with exit status 22: curl: \(22\) .* 500"),
-        (Fault(status=404), r"curl ended with exit status 22: curl: \(22\) .* 404"),
-        (Fault(sends=9000), r"curl ended with exit status 18: curl: \(18\)"),
-        (Fault(sends=9000, then="stall"), r"curl brought no byte for 0\.5 s"),
-    ],
-    ids=["500", "404", "closed", "stalled"],
-)
-def test_a_fault_that_stays_is_one_clear_error(server, make_cache, folder, fault, cause) -> None:
-    make_shard(server.folder / "s.tar", 1)
-    server.faults["s.tar"] = [fault] * 100
-    with pytest.raises(FetchError) as caught:
-        make_cache(timeout_s=0.5 if fault.then == "stall" else 5).hold(server.url("s.tar"))
-    start = re.escape(f"{server.url('s.tar')}: cannot be fetched, attempts: {ATTEMPTS}, the last one: ")
-    assert re.fullmatch(start + cause + ".*", str(caught.value)), str(caught.value)
-    assert server.requests["s.tar"] == ATTEMPTS
-    assert own_files(folder) == []
-
-
-def test_a_server_that_is_not_there_is_an_error(server, make_cache) -> None:
-    server.close()
-    with pytest.raises(FetchError, match=r"s\.tar: cannot be fetched, attempts: 4, .* exit status 7: curl: \(7\)"):
-        make_cache().hold(server.url("s.tar"))
-
-
-def test_a_shard_cut_at_its_source_is_taken_as_it_is(server, make_cache) -> None:
-    whole = make_shard(server.folder / "s.tar", 1)
-    (server.folder / "s.tar").write_bytes(whole[:10_001])
-    assert make_cache().hold(server.url("s.tar")).path.read_bytes() == whole[:10_001]
-    assert server.requests["s.tar"] == 2
-    (server.folder / "empty.tar").write_bytes(b"")
-    assert make_cache().hold(server.url("empty.tar")).size == 0
-
-
-def test_another_shard_than_was_indexed_is_refused(server, make_cache, folder) -> None:
-    size, cache = len(make_shard(server.folder / "s.tar", 1)), make_cache()
-    for stated, said in ((size + 512, f"{size} bytes"), (size - 512, f"more than {size - 512} bytes")):
-        message = f"another one than was indexed: {said}, the index says {stated} bytes"
-        with pytest.raises(FetchError, match=message):
-            cache.hold(server.url("s.tar"), stated)
-    digest = file_digest(server.folder / "s.tar")
-    with pytest.raises(
-        FetchError, match=f"indexed: {size} bytes with digest {digest}, the index says digest {'0' * 32}"
-    ):
-        cache.hold(server.url("s.tar"), size, "0" * 32)
-    assert own_files(folder) == []
 
 
 def test_a_finished_file_of_another_size_is_fetched_anew(server, make_cache) -> None:
@@ -324,12 +200,16 @@ def test_a_limit_that_is_too_small_says_what_is_held(server, make_cache, folder,
     cache = make_cache(limit_bytes=2 * size - 1)
     with cache.hold(server.url("0.tar")) as held:
         needs = size if stated else r"\d+"
-        message = rf"1\.tar: data\.cache_limit_bytes = {2 * size - 1} is too small: this shard needs {needs} bytes"
-        with pytest.raises(FetchError, match=message + f", 1 shards in use have {size}, 0 others being fetched 0"):
+        message = rf"data\.cache_limit_bytes = {2 * size - 1} is too small: this shard needs {needs} bytes, "
+        message += f"1 shards in use have {size}, 0 others being fetched 0"
+        with pytest.raises(FetchError, match=r"1\.tar: cannot be fetched, .*: " + message):
             cache.hold(server.url("1.tar"), size if stated else None)
         assert own_files(folder) == [held.path]
-    assert server.requests["1.tar"] == (0 if stated else 1)
-    with pytest.raises(FetchError, match=rf"too small: this shard needs {10 * size} bytes, 0 shards in use"):
+    assert server.requests["1.tar"] == (0 if stated else ATTEMPTS)
+    with pytest.raises(
+        FetchError,
+        match=rf"^[^ ]*1\.tar: data\.cache_limit_bytes = .* this shard needs {10 * size} bytes, 0 shards in use",
+    ):
         cache.hold(server.url("1.tar"), 10 * size)
     assert own_files(folder) == [held.path]  # nothing is evicted in vain
     assert cache.hold(server.url("1.tar")).size == size
@@ -341,8 +221,28 @@ def test_room_that_another_fetch_has_is_waited_for(server, make_cache) -> None:
     cache = make_cache(limit_bytes=size + 1000, attempts=100)
     server.bytes_per_s = 1e6
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda name: cache.hold(server.url(name), size).close(), ["0.tar", "1.tar"])
+        list(pool.map(lambda name: cache.hold(server.url(name), size).close(), ["0.tar", "1.tar"]))
     assert sum(server.requests.values()) == 2
+
+
+def test_a_fetch_takes_no_room_while_it_waits_for_its_next_attempt(server, make_cache) -> None:
+    size = len(make_shard(server.folder / "0.tar", 0))
+    make_shard(server.folder / "1.tar", 1)
+    server.faults["0.tar"] = [Fault(sends=9000)]
+    failed, may_go_on = threading.Event(), threading.Event()
+
+    def wait(attempt: int) -> float:
+        failed.set()
+        may_go_on.wait(5)
+        return 0
+
+    cache = make_cache(limit_bytes=size, waits=wait)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(cache.hold, server.url("0.tar"), size)
+        assert failed.wait(5)
+        make_cache(limit_bytes=size, attempts=1).hold(server.url("1.tar"), size).close()
+        may_go_on.set()
+        assert first.result().size == size
 
 
 def test_what_a_dead_fetch_left_is_evicted_first_and_never_taken_for_whole(server, make_cache, folder) -> None:
@@ -379,75 +279,6 @@ def test_killed_fetches_leave_nothing_that_is_taken_for_whole(server, processes,
     assert [path.suffix for path in own_files(folder)] == [".tar"] * 8
 
 
-def test_a_stalled_command_is_killed_with_all_that_it_started(make_cache, tmp_path) -> None:
-    make_shard(tmp_path / "s.tar", 1)
-    cache = make_cache(timeout_s=1, attempts=1, allow_pipe=True)
-    lasting = f"sleep 4242.{os.getpid()}"
-    command = f"pipe:echo a reason >&2; head -c 9000 {tmp_path}/s.tar; {lasting} & {lasting}"
-    with pytest.raises(FetchError, match=r"attempts: 1, .* the command brought no byte for 1 s: a reason$"):
-        cache.hold(command)
-    with pytest.raises(FetchError, match=r"the command did not end for 1 s"):
-        cache.hold(f"pipe:exec 1>&-; {lasting}")
-    cache.hold(f"pipe:cat {tmp_path}/s.tar; {lasting} >&2 &")  # ended well, and left something behind
-    assert not [line for line in command_lines() if lasting in line]
-
-
-def test_pipes_need_to_be_allowed(make_cache, tmp_path, monkeypatch) -> None:
-    whole = make_shard(tmp_path / "s.tar", 1)
-    url = f"pipe:cat {tmp_path}/s.tar | cat"
-    with pytest.raises(DataError, match=r"^pipe:cat .* needs data\.allow_pipe=true"):
-        make_cache().hold(url)
-    assert make_cache(allow_pipe=True).hold(url).path.read_bytes() == whole
-    with pytest.raises(FetchError, match=r"the command ended with exit status 3: oh no$"):
-        make_cache(allow_pipe=True).hold("pipe:echo oh no >&2; exit 3")
-    with pytest.raises(FetchError, match=r"the command was killed by signal 9$"):
-        make_cache(allow_pipe=True).hold("pipe:kill -9 $$")
-    monkeypatch.setenv("GOPEN_REWRITE", f"http://there/=pipe:cat {tmp_path}/")
-    with pytest.raises(DataError, match=r"needs data\.allow_pipe=true"):
-        make_cache().hold("http://there/s.tar")
-    assert make_cache(allow_pipe=True).hold("http://there/s.tar").path.read_bytes() == whole
-    monkeypatch.delenv("GOPEN_REWRITE")
-    monkeypatch.setattr("webdataset.utils.enforce_security", True)
-    with pytest.raises(FetchError, match="WDS_SECURE in the environment forbids pipes"):
-        make_cache(allow_pipe=True).hold("pipe:true")
-
-
-def test_object_stores_are_read_by_their_programs(make_cache, tmp_path, monkeypatch) -> None:
-    whole = make_shard(tmp_path / "bucket" / "s.tar", 1)
-    for name in ("aws", "gsutil"):
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f'#!/bin/sh\necho "$0" "$@" >> {tmp_path}/calls\nexec cat {tmp_path}/bucket/s.tar\n')
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    for url in ("s3://bucket/s.tar", "gs://bucket/s.tar"):
-        assert make_cache().hold(url).path.read_bytes() == whole
-    assert (tmp_path / "calls").read_text().replace(f"{tmp_path}/bin/", "").splitlines() == [
-        "aws s3 cp --only-show-errors s3://bucket/s.tar -",
-        "gsutil cat gs://bucket/s.tar",
-    ]
-
-
-@pytest.mark.parametrize(("scheme", "program"), [("s3", "aws"), ("gs", "gsutil"), ("https", "curl")])
-def test_a_missing_program_is_named_at_once(make_cache, tmp_path, monkeypatch, scheme, program) -> None:
-    cache = make_cache(waits=lambda attempt: pytest.fail("waited, though trying again cannot help"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    message = f"^{scheme}://b/s.tar: {scheme}: URLs need the program `{program}`, which is not installed$"
-    with pytest.raises(FetchError, match=message):
-        cache.hold(f"{scheme}://b/s.tar")
-    with pytest.raises(FetchError, match=r"^ftp://b/s\.tar: must be a path or begin with one of http:, https:, s3:"):
-        cache.hold("ftp://b/s.tar")
-
-
-def test_paths_are_copied(make_cache, tmp_path) -> None:
-    whole = make_shard(tmp_path / "in" / "s.tar", 1)
-    held = make_cache().hold(str(tmp_path / "in" / "s.tar"), len(whole))
-    (tmp_path / "in" / "s.tar").unlink()
-    assert held.path.read_bytes() == whole
-    with pytest.raises(FetchError, match=r"/no\.tar: cannot be fetched, .* cat: .*: No such file or directory"):
-        make_cache().hold(str(tmp_path / "no.tar"))
-
-
 def test_names_in_the_folder_come_from_no_url(server, make_cache, folder) -> None:
     make_shard(server.folder / "s.tar", 1)
     cache = make_cache(allow_pipe=True)
@@ -473,13 +304,6 @@ def test_files_of_others_are_neither_counted_nor_evicted(server, make_cache, fol
         cache.hold(server.url(name)).close()
     names = {path.name.partition("-")[2] for path in own_files(folder)}
     assert names == {"only-copy.tar", "t.tar", ""}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_shards_are_fetched_ahead(server, make_cache, folder) -> None:
@@ -532,32 +356,12 @@ def test_closing_ends_fetches_and_waits_at_once(server, make_cache, folder) -> N
             with pytest.raises(FetchError, match=r"\.tar: the fetch was ended"):
                 hold.result(5)
         assert time.monotonic() - start < 1
-    assert children_of_curl(server) == []
+    until(lambda: not any(line.startswith("curl") and server.url("") in line for line in command_lines()))
     assert own_files(folder) == []
     cache.ahead(server.url("stalled.tar"))
     with pytest.raises(FetchError, match="the fetch was ended"):
         cache.hold(server.url("stalled.tar"))
     assert make_cache().hold(server.url("stalled.tar")).size > 0
-
-
-def children_of_curl(server: FlakyServer) -> list[str]:
-    return [line for line in command_lines() if server.url("") in line and line.startswith("curl")]
-
-
-def test_descriptors_and_processes_do_not_add_up(make_cache, tmp_path) -> None:
-    cache = make_cache(limit_bytes=100_000, allow_pipe=True, attempts=2)
-    make_shard(tmp_path / "s.tar", 1)
-    cache.hold(str(tmp_path / "s.tar")).close()
-    gc.collect()
-    descriptors, processes = len(os.listdir("/proc/self/fd")), children()
-    for number in range(50):
-        if number % 5 == 0:
-            with pytest.raises(FetchError):
-                cache.hold(f"pipe:head -c 999 {tmp_path}/s.tar; exit {number + 1}")
-        else:
-            cache.hold(f"pipe:cat {tmp_path}/s.tar #{number}")
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert children() == processes
 
 
 def test_a_removed_cache_is_made_again(server, make_cache, folder) -> None:
