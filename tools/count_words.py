@@ -138,6 +138,8 @@ def _parts(shards: Sequence[Shard], counted: Callable[[Shard], Tally], workers: 
 def count_shard(data: Data, shard: Shard) -> Tally:
     """The captions of one shard, in the order of the tar."""
     tally, reader = Tally(), ShardReader(1, data)
+    if shard.fault:
+        tally.unusable[str(shard.fault.cause)] += 1
     for place in range(shard.count):
         tally.samples += 1
         try:

@@ -128,10 +128,16 @@ def test_what_cannot_be_is_said_in_a_line(arguments, told, recipe, tmp_path, cap
     assert not (tmp_path / "named.json").exists()
 
 
-def test_a_broken_shard_ends_the_tool_and_leaves_an_older_table_alone(recipe, tmp_path, capsys) -> None:
+def test_a_broken_shard_is_told(recipe, tmp_path, capsys) -> None:
+    (tmp_path / "b.tar").write_bytes(b"no tar at all" * 100)
+    assert count_words.main([str(recipe), "--workers", "1"]) == 0
+    assert "damaged_shard" in "".join(capsys.readouterr())
+
+
+def test_a_broken_shard_may_end_the_tool_and_leaves_an_older_table_alone(recipe, tmp_path, capsys) -> None:
     (tmp_path / "named.json").write_text("older")
     (tmp_path / "b.tar").write_bytes(b"no tar at all" * 100)
-    assert count_words.main([str(recipe), "--workers", "1"]) == 2
+    assert count_words.main([str(recipe), "data.broken_shards=stop", "--workers", "1"]) == 2
     assert "b.tar" in capsys.readouterr().err
     assert (tmp_path / "named.json").read_text() == "older"
 
