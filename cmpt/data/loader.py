@@ -110,8 +110,6 @@ class Loader:
         self._text_masks: dict[tuple[object, ...], TextMask] = {}
         self._text_masking = text_masking or schema.TextMasking()
         self.text_mask(self._text_masking)
-        # A stream is in one shard of each source at a time.
-        self.reader = ShardReader(len(self._streams) * len(shards) + 2, data)
         self.samples_per_epoch = sum(order.samples for order in self._orders)
 
     def initial_state(self) -> LoaderState:
@@ -159,9 +157,14 @@ class Loader:
     ) -> Generator[Item, None, None]:
         finished: queue.Queue[Item | BaseException] = queue.Queue(maxsize=max(1, self._data.prefetch_batches))
         stop = threading.Event()
+        # A stream is in one shard of each source at a time.
+        reader = ShardReader(len(self._streams) * len(self.shards) + 2, self._data)
         # A daemon, so that an error which leaves the iterator unclosed cannot keep the process from ending.
         producer = threading.Thread(
-            target=self._produce, args=(state, image, text_mask, finished, stop), name="cmpt-producer", daemon=True
+            target=self._produce,
+            args=(state, image, text_mask, reader, finished, stop),
+            name="cmpt-producer",
+            daemon=True,
         )
         producer.start()
         try:
@@ -172,7 +175,7 @@ class Loader:
                 yield item
         finally:
             stop.set()
-            self.reader.end_fetches()
+            reader.close()
             while not finished.empty():  # makes room for the one `put` in which the producer may wait
                 finished.get_nowait()
             producer.join()
@@ -194,6 +197,7 @@ class Loader:
         state: LoaderState,
         image: schema.Image,
         text_mask: TextMask,
+        reader: ShardReader,
         finished: queue.Queue[Item | BaseException],
         stop: threading.Event,
     ) -> None:
@@ -208,7 +212,9 @@ class Loader:
             )
             pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="cmpt-data")
             try:
-                self._produce_with(pool, decoder, state, text_mask, finished, stop)
+                shared = (self._orders, self.shards, reader, self._data, self._places)
+                fillers = [StreamFiller(stream, state.cursors[stream], *shared) for stream in self._streams]
+                self._produce_with(pool, fillers, decoder, state, text_mask, finished, stop)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 decoder.close()
@@ -218,14 +224,13 @@ class Loader:
     def _produce_with(
         self,
         pool: ThreadPoolExecutor,
+        fillers: list[StreamFiller],
         decoder: Decoder,
         state: LoaderState,
         text_mask: TextMask,
         finished: queue.Queue[Item | BaseException],
         stop: threading.Event,
     ) -> None:
-        shared = (self._orders, self.shards, self.reader, self._data, self._places)
-        fillers = [StreamFiller(stream, state.cursors[stream], *shared) for stream in self._streams]
         decode = partial(_Decoding, pool, decoder, self._places, text_mask, self._seed)
         decoding: _Decoding | None = None
         while not stop.is_set():

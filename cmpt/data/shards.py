@@ -277,6 +277,10 @@ class _OpenShard:
             os.close(self.descriptor)
 
 
+class ReaderClosedError(RuntimeError):
+    """The reader was closed while, or before, a shard was fetched."""
+
+
 class ShardReader:
     """Reads members by offset; keeps the last used shards open. Safe to share between threads.
 
@@ -291,6 +295,7 @@ class ShardReader:
         self._opening: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._cache: ShardCache | None = None
+        self._closed = False
 
     def members(self, shard: Shard, place: int) -> Members:
         """Raises FetchError, as all of this class, where the shard cannot be had."""
@@ -322,15 +327,18 @@ class ShardReader:
         """Whether a read needs no fetching and no opening."""
         return shard.url in self._open
 
-    def end_fetches(self) -> None:
-        """Ends what is being fetched; whoever waits for it gets a FetchError. A later use begins anew."""
+    def close(self) -> None:
+        """Ends what is being fetched; whoever waits for it, or wants more, gets a `ReaderClosedError`."""
         with self._lock:
-            cache, self._cache = self._cache, None
+            self._closed = True
+            cache = self._cache
         if cache is not None:
             cache.close()
 
     def _its_cache(self) -> ShardCache:
         with self._lock:
+            if self._closed:
+                raise ReaderClosedError
             if self._cache is None:
                 self._cache = ShardCache.of(self._data)
             return self._cache
@@ -354,8 +362,8 @@ class ShardReader:
             try:
                 opened = _OpenShard(shard, cache)
             except FetchError as error:
-                if cache is not self._cache:
-                    raise  # fetches were ended: that says nothing about the shard
+                if self._closed:
+                    raise ReaderClosedError from None  # that says nothing about the shard
                 raise self._lose(shard, error) from None
             except OSError as error:
                 raise self._lose(shard, FetchError(f"{shard.url}: cannot be opened: {error}")) from error

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from data.dirty import kinds, write_dirty_shards
-from data.making import take
+from data.making import jpeg, take, text_sample, write_tar
 
+from cmpt.data.shards import ShardReader
 from cmpt.data.streams import SourceOrder
 from cmpt.data.validate import Cause
 from cmpt.recipe import schema
@@ -53,7 +54,7 @@ def test_counts_are_exact_over_three_epochs(make_loader, settings, tmp_path) -> 
     loader = make_loader(str(tmp_path / "dirty-{0..3}.tar"), batch_size=4)
     sizes = [shard.count for shard in loader.shards[0]]
     order = SourceOrder(3, 0, sizes, 1).candidates(0, (0, 0))
-    reader = loader.reader
+    reader = ShardReader(8)
     seen = Counter[str]()
     for batch, _ in take(loader, 3 * sum(sizes) // 4):
         rejected, keys = [], []
@@ -75,10 +76,6 @@ def test_counts_are_exact_over_three_epochs(make_loader, settings, tmp_path) -> 
 
 def test_sizes_are_bounded_before_memory_is_taken(make_loader, settings, tmp_path, monkeypatch) -> None:
     """An image and a caption beyond their limits are refused by the size in the index: no byte of them is read."""
-    from data.making import jpeg, text_sample, write_tar
-
-    from cmpt.data.shards import ShardReader
-
     settings.max_image_bytes = 10_000
     large = {"jpg": jpeg(1) + bytes(20_000), "txt": b"large"}
     long = {"jpg": jpeg(2), "txt": b"word " * 10_000}
@@ -95,8 +92,6 @@ def test_sizes_are_bounded_before_memory_is_taken(make_loader, settings, tmp_pat
 
 
 def test_a_member_name_never_becomes_a_path(make_loader, settings, tmp_path) -> None:
-    from data.making import text_sample, write_tar
-
     names = ["../../outside", "/etc/absolute", "a/../../b", "C:\\windows", "x" * 90]
     write_tar(tmp_path / "s.tar", [text_sample(n, name) for n, name in enumerate(names)])
     before = sorted(path for path in tmp_path.rglob("*"))

@@ -13,6 +13,7 @@ from data.making import take, text_sample, write_tar
 from cmpt.data.ledger import Ledger, LeftOut, checked, newest_state, of_events, slots_digest
 from cmpt.data.loader import Loader, batch_digest
 from cmpt.data.samples import sample_key
+from cmpt.data.shards import ShardReader
 from cmpt.data.streams import LoaderState
 from cmpt.data.validate import Cause, DataError
 
@@ -38,13 +39,14 @@ def test_the_order_of_dirty_weighted_sources_is_computed_from_the_events(make_lo
     patterns = [str(tmp_path / f"{name}/dirty-{{0..3}}.tar") for name in "ab"]
     loader = make_loader(*patterns, weights=(1.0, 2.0), batch_size=8)
     batches = take(loader, 60)
+    reader = ShardReader(16)
     left_out = of_events(events_of(batches), loader.shards)
     ledger = ledger_of(loader, left_out, [1.0, 2.0], 8, 4)
     for nth, (batch, _) in enumerate(batches, 1):
         for start in (None, batches[nth // 2 - 1][1] if nth > 3 else None):
             slots = ledger.step(nth, start)
             keys = [
-                sample_key(shard, loader.reader.members(shard, slot.member))
+                sample_key(shard, reader.members(shard, slot.member))
                 for slot in slots
                 for shard in [loader.shards[slot.source][slot.unit]]
             ]

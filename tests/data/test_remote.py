@@ -19,6 +19,7 @@ from data.test_loader import assert_same_batch
 from cmpt.data.loader import Loader
 from cmpt.data.places import Stall
 from cmpt.data.shards import Ranks, open_shards
+from cmpt.data.streams import SourceOrder
 from cmpt.data.validate import Cause, DataError
 from cmpt.recipe import schema
 
@@ -200,3 +201,24 @@ def test_a_stall_is_told_with_its_place(make_loader, server, remote) -> None:
     assert stalls[0].place == "fetching" and stalls[0].detail.endswith(".tar")
     assert 0.4 < stalls[0].waited_s < 0.6 and "fetching" in str(stalls[0])
     assert Counter(thread.name.rpartition("-")[0] for thread in threading.enumerate())["cmpt-data"] == 0
+
+
+def test_closing_ends_at_once_though_nothing_can_be_fetched(make_loader, server, remote) -> None:
+    """Neither is another shard tried for the batch in hand, nor are shards counted as lost."""
+    remote.fetch_timeout_s, remote.streams = 60.0, 2
+    loader: Loader = make_loader(server.url("{00..15}.tar"), batch_size=2)
+    order = SourceOrder(3, 0, [SAMPLES] * SHARDS, 2)
+    first = {f"{order.stretch(stream, (0, 0)).unit:02d}.tar" for stream in range(2)}
+    for name in list(server.requests):
+        server.faults[name] = [Fault()] * server.requests[name] + [Fault(sends=600, then="stall")] * 9
+    for copy in (Path(remote.cache_folder) / "shards").glob("*.tar"):
+        if copy.name.rpartition("-")[2] not in first:
+            copy.unlink()
+    batches = loader.batches(loader.initial_state())
+    for _ in range(SAMPLES - 2):
+        next(batches)
+    time.sleep(1)  # until the loader waits for a shard that does not come
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cmpt-")]
