@@ -17,6 +17,8 @@ import pytest
 from conftest import REPOSITORY, RunCli
 from data.making import jpeg, undecodable_jpeg, write_tar
 
+from cmpt.train import checked_recipe
+
 TINY = [
     "model.preset=null",
     "model.patch_size=8",
@@ -290,26 +292,44 @@ def test_phases_run_one_after_the_other_and_resume_inside_one(tmp_path: Path, ru
 
 
 @pytest.mark.multiprocess
+def test_bad_input_ends_the_program_with_one_clear_line(tmp_path: Path, run_cli: RunCli) -> None:
+    done = run_cli([*TRAIN, *overrides(tmp_path, "bad", "masking.stratgy=random")])
+    assert done.returncode == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "masking.strategy" in error and "Traceback" not in done.stderr
+    assert not (tmp_path / "bad").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "environment", "expected"),
     [
-        (["masking.stratgy=random"], {}, "masking.strategy"),
         (["engine.batch_size=many"], {}, "engine.batch_size"),
         (["data.train.0.urls=['/nowhere/{0..3}.tar']"], {}, "/nowhere/0.tar"),
+        (["data.train.0.urls=['/nowhere/*.tar']"], {}, "matches no file"),
+        (["data.train.0.urls=['pipe:cat x.tar']"], {}, "data.allow_pipe=true"),
+        (["data.train.0.weight=0"], {}, "data.train.0.weight"),
         (["engine.batch_size=30"], {}, "data.streams"),
         ([], {"WORLD_SIZE": "3", "RANK": "0"}, "data.streams"),
         (["tokenizer.path=/nowhere/tokenizer.model"], {}, "/nowhere/tokenizer.model"),
         (["image.size=36"], {}, "image.size"),
     ],
 )
-def test_bad_input_gives_one_clear_line_before_any_work(
-    more: list[str], environment: dict[str, str], expected: str, tmp_path: Path, run_cli: RunCli
+def test_bad_input_is_found_before_any_work(
+    more: list[str],
+    environment: dict[str, str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run_cli([*TRAIN, *overrides(tmp_path, "bad", *more)], env=environment)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and expected in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(REPOSITORY)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        checked_recipe([RECIPE, *overrides(tmp_path, "bad", *more)])
+    assert ended.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and expected in error
     assert not (tmp_path / "bad").exists()
 
 
