@@ -30,6 +30,7 @@ class Rejection:
     detail: str = ""  # what the decoder or the check said
     source: int = 0  # of data.train
     samples: int = 1  # that are lost by it
+    stream: int | None = None  # of which it is the rest of a shard
 
 
 def _every_nth(lengths: list[int], first: int, step: int) -> Tensor:

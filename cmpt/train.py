@@ -30,7 +30,7 @@ import torch
 
 from cmpt.batch import ImageTextBatch
 from cmpt.data.heldout import HeldoutSet
-from cmpt.data.loader import Loader, batch_digest
+from cmpt.data.loader import Loader, batch_digest, longest_wait_s
 from cmpt.data.places import Stall
 from cmpt.data.shards import Ranks, open_sources
 from cmpt.data.streams import LoaderState
@@ -47,7 +47,7 @@ from cmpt.engine.equal_weights import unequal_weights
 from cmpt.engine.feed import Feed
 from cmpt.engine.manifest import CheckpointError
 from cmpt.engine.plan import Plan
-from cmpt.engine.run_folder import conflict, prepare, run_folder
+from cmpt.engine.run_folder import conflict, left_out, prepare, run_folder
 from cmpt.engine.signals import StopSignals
 from cmpt.engine.step import StepResult, drop_step, find_gradient, take_step
 from cmpt.engine.store import Store
@@ -71,7 +71,6 @@ from cmpt.remedies import Remedies
 
 _MASKS_SHOWN = 12
 _QUIET_INDEXING_S = 5.0
-_DATA_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring it back sooner
 _SAME_ON_ALL_RANKS = (FormatError, RecipeError, TrainingDivergedError, WatchdogError)
 _USER_ERRORS = (*_SAME_ON_ALL_RANKS, CheckpointError, DataError, OutOfMemoryError)
 _LET_THE_FIRST_RANK_SPEAK_S = 2.0
@@ -81,7 +80,8 @@ USER_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     recipe = checked_recipe(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    rank, world_size, device = process_group.start()
+    # The other ranks wait in a collective for one whose data do not come.
+    rank, world_size, device = process_group.start(timeout_minutes=10 + longest_wait_s(recipe.data) / 60)
     try:
         return train(recipe, rank, world_size, device)
     except _USER_ERRORS as error:
@@ -124,7 +124,7 @@ def checked_recipe(arguments: Sequence[str] | None) -> Recipe:
 def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> int:
     """Build every part, run the recipe to its end or to where something ends it early. Returns the exit code."""
     primary = rank == 0
-    folder = run_folder(recipe)
+    folder, patience_s = run_folder(recipe), longest_wait_s(recipe.data)
     tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
     recipe = with_vocabulary(recipe, tokenizer)
     loader = build_loader(recipe, tokenizer, rank, world_size, device)
@@ -144,7 +144,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     if primary:
         if recipe.run.overwrite:
             store.forget_copies()
-        prepare(recipe, world_size)
+        prepare(recipe, world_size, [shard.url for source in loader.shards for shard in source if shard.out_of_reach])
     process_group.barrier()
     checkpoints = Checkpoints(store)
     fingerprint = recipe_fingerprint(recipe)
@@ -202,7 +202,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     counts = count_step(recipe.model, masked, batch, recipe.engine, received, part)
                     checkpoints.settle(counts.parts_written, counts.parts_failed)
                     mask.advance(counts.mask_ratio)
-                    watch.at("data ahead", state.step, least_s=_DATA_PATIENCE_S)
+                    watch.at("data ahead", state.step, least_s=patience_s)
                     feed.look_ahead()
                     watch.at("gradient", state.step)
                     valid_B = batch.valid_B if counts.holes else None
@@ -221,7 +221,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                         drop_step(trained, result)
                     else:
                         take_step(trained, result, lr, recipe.optimizer.clip_norm)
-                    watch.at("records", state.step, least_s=_DATA_PATIENCE_S)
+                    watch.at("records", state.step, least_s=patience_s)
                     state.advance(mask.state(), counts.rejections)
                     state.image_size = phase.image.size
                     meters.add(counts, traffic.take())
@@ -246,7 +246,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     report_checkpoints(checkpoints, monitor, meters)
                     if ends:
                         break
-                    watch.at("data", state.step, least_s=_DATA_PATIENCE_S)
+                    watch.at("data", state.step, least_s=patience_s)
             if stop_signal or plan.ends(state.step):
                 break
         watch.at("last checkpoint", state.step, patient=True)
@@ -310,7 +310,7 @@ def build_loader(
     loader = Loader(
         recipe.data,
         recipe.image,
-        shards=open_sources(recipe.data, Ranks(rank, world_size, gather_objects), indexed),
+        shards=open_sources(recipe.data, Ranks(rank, world_size, gather_objects), indexed, left_out(recipe)),
         tokenizer=tokenizer,
         context_length=recipe.model.context_length,
         seed=recipe.run.seed,

@@ -54,8 +54,9 @@ from bench_photographs import captions_of, write_shards
 from cmpt.batch import PackedText
 from cmpt.data.decode import DecodedBatch, Encoded, Window, crop_draws, crop_window, decode_upright, train_pixels
 from cmpt.data.loader import Loader
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import Sample, read_sample
-from cmpt.data.shards import Shard, ShardReader, open_shards
+from cmpt.data.shards import Shard, open_shards
 from cmpt.data.tokenizer import Tokenizer, open_tokenizer, pack_captions
 from cmpt.data.validate import DataError
 from cmpt.recipe import schema

@@ -27,8 +27,9 @@ from pathlib import Path
 # Each of the processes imports torch with cmpt.data, but computes nothing with it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import read_captions
-from cmpt.data.shards import Shard, ShardReader, open_shards
+from cmpt.data.shards import Shard, open_shards
 from cmpt.data.validate import DataError, UnusableError
 from cmpt.data.word_counts import WordCounts, counted_form, split_words, write_word_counts
 from cmpt.recipe import RecipeError, check_recipe, load_recipe, resolve_path

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from cmpt.data.cache import FetchError
 from cmpt.data.index import BESIDE, Members, ShardFault, ShardIndex, load_index, save_index
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import Sample, image_extension, read_sample
-from cmpt.data.shards import Shard, ShardReader, index_shard
+from cmpt.data.shards import Shard, index_shard
 from cmpt.data.tar import LINK
 from cmpt.data.validate import Cause, DataError, UnusableError
 from cmpt.recipe.paths import is_local

@@ -33,8 +33,9 @@ import torch
 from numpy.typing import NDArray
 
 from cmpt.data.decode import decode_upright, heldout_pixels
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import read_image
-from cmpt.data.shards import ShardReader, open_shards
+from cmpt.data.shards import open_shards
 from cmpt.data.validate import DataError, UnusableError, examine_image
 from cmpt.engine.manifest import STATE, CheckpointError, newest_sound
 from cmpt.masking.strategies import Embed, masking_at

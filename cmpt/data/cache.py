@@ -16,11 +16,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from cmpt.data.cache_folder import CacheFolder, HeldShard, NoRoom, Part, Wanted
-from cmpt.data.opener import AttemptError, FetchError, receive, refuse_pipe
+from cmpt.data.opener import AttemptError, FetchError, HostError, receive, refuse_pipe
 from cmpt.data.validate import DataError
 from cmpt.recipe import schema
 
-__all__ = ["FetchError", "HeldShard", "ShardCache", "default_backoff", "file_digest"]
+__all__ = ["FetchError", "HeldShard", "ShardCache", "default_backoff", "file_digest", "longest_fetch_s"]
 
 _TAR_END = bytes(1024)
 _GROWTH_BYTES = 2**24  # room taken at once for a shard of unknown size, where there is plenty
@@ -34,6 +34,12 @@ _jitter = random.Random()  # apart from the process's generator, whose draws may
 def default_backoff(attempt: int) -> float:
     """Seconds to wait after failed attempt 1, 2, ...: 1, 2, 4, ... up to a minute, and up to a quarter more."""
     return min(_MOST_WAIT_S, 2 ** min(attempt - 1, 6)) * _jitter.uniform(1, 1.25)
+
+
+def longest_fetch_s(data: schema.Data) -> float:
+    """How long all attempts at one shard may take, in seconds: each brings no byte until its time is up."""
+    waits = sum(1.25 * min(_MOST_WAIT_S, 2 ** min(attempt - 1, 6)) for attempt in range(1, data.fetch_attempts))
+    return data.fetch_attempts * data.fetch_timeout_s + waits
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -100,7 +106,8 @@ class ShardCache:
 
         `size` (bytes) and `digest` (`file_digest`) are what a fetch must bring; a finished file must have the size.
         Without either a shard must end as a tar does, or be cut at the same byte twice in a row: then that is how it
-        lies at its source. Raises `FetchError`; `DataError` for a pipe that is not allowed.
+        lies at its source. Raises `FetchError`; `HostError` where this host could have no shard at all; `DataError` for
+        a pipe that is not allowed.
         """
         refuse_pipe(url, self._allow_pipe)
         wanted = Wanted(url, size, digest)
@@ -117,9 +124,9 @@ class ShardCache:
                 raise FetchError(str(error))
             return self._fetch(found, wanted, waited_for=True)
         except NoRoom as error:
-            raise FetchError(f"{url}: {error}") from None
+            raise HostError(f"{url}: {error}") from None
         except OSError as error:
-            raise FetchError(f"{url}: cannot be kept in data.cache_folder: {error}") from error
+            raise HostError(f"{url}: cannot be kept in data.cache_folder: {error}") from error
 
     def ahead(self, url: str, size: int | None = None, digest: str | None = None) -> None:
         """Has a background worker fetch a shard; returns at once. `size` and `digest` as of `hold`.
@@ -179,7 +186,7 @@ class ShardCache:
             except AttemptError as error:
                 cause, cut_at = str(error), None
             except NoRoom as error:
-                if not (waited_for and error.may_change):
+                if not (waited_for and error.may_change) or attempt == self._attempts:
                     raise
                 cause, cut_at = str(error), None
             else:

@@ -23,12 +23,13 @@ import re
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from cmpt.data.opener import FetchError
+from cmpt.recipe.paths import is_local, resolve_path
 
 _OWN_NAME = re.compile(r"[0-9a-f]{32}(-.*|\.part)")
 
@@ -213,7 +214,13 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _name(url: str) -> str:
     """Which shard it is, as a digest, and its base name for who looks into the folder; no signature of the URL."""
     base = re.split("[?#]", url)[0].rstrip("/").rpartition("/")[2]
-    return f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{re.sub(r'[^A-Za-z0-9._-]', '_', base)[-100:]}"
+    which = url
+    if is_local(url):  # a file that was written anew is another shard, also with the same size
+        with suppress(OSError):
+            which += f"\0{os.stat(resolve_path(url)).st_mtime_ns}"
+    return (
+        f"{hashlib.blake2b(which.encode(), digest_size=16).hexdigest()}-{re.sub(r'[^A-Za-z0-9._-]', '_', base)[-100:]}"
+    )
 
 
 def _touch(path: Path) -> None:
@@ -244,7 +251,7 @@ def _hold(path: Path) -> HeldShard | None:
 
 def _is_free(path: Path) -> bool:
     """Whether nobody holds or fetches the file there; only under the folder's lock."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR)  # over NFS an exclusive lock needs a file that is open for writing
     try:
         return _lock(descriptor, fcntl.LOCK_EX)
     finally:

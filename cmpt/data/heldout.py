@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cmpt.batch import Rejection
 from cmpt.data.decode import heldout_pixels
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import Sample, read_sample, sample_key
-from cmpt.data.shards import Ranks, ShardReader, open_shards
+from cmpt.data.shards import Ranks, open_shards
 from cmpt.data.validate import DataError, UnusableError
 from cmpt.recipe import schema
 

@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 
 from cmpt.data.index import load_index
 from cmpt.data.loader import batch_digest
+from cmpt.data.reader import ShardReader
 from cmpt.data.rows import row_identity, stream_digest
 from cmpt.data.samples import sample_key
-from cmpt.data.shards import Ranks, Shard, ShardReader, open_sources
+from cmpt.data.shards import Ranks, Shard, open_sources
 from cmpt.data.streams import LoaderState, Position, SourceOrder, draw_sources
 from cmpt.data.validate import Cause, DataError
-from cmpt.recipe import RecipeError, load_recipe
+from cmpt.recipe import RecipeError, check_recipe, load_recipe
 from cmpt.recipe.schema import Recipe
 
+_ITS_FIELDS = ("data.", "engine.batch_size", "run.seed")
 _DRAWN_TOGETHER = 1 << 20
 _NO_SAMPLE = frozenset({Cause.DECODE_FAILED, Cause.EMPTY_SHARD, Cause.TRUNCATED_SHARD, Cause.DAMAGED_SHARD})
 
@@ -51,8 +53,8 @@ class LeftOut:
 
     samples: Mapping[tuple[int, int], frozenset[int]] = field(default_factory=dict)
     """(source, unit) -> places of samples that are left out whenever they come."""
-    lost: Mapping[int, frozenset[tuple[int, int]]] = field(default_factory=dict)
-    """Step -> (source, unit) of shards whose rest was left out on the way to that step's batch."""
+    lost: Mapping[int, frozenset[tuple[int, int, int]]] = field(default_factory=dict)
+    """Step -> (stream, source, unit) of shards whose rest a stream left out on the way to that step's batch."""
 
 
 class Ledger:
@@ -142,13 +144,13 @@ class Ledger:
         return slots
 
     def _next(
-        self, ordinal: int, stream: int, source: int, cursor: list[Position], lost: frozenset[tuple[int, int]]
+        self, ordinal: int, stream: int, source: int, cursor: list[Position], lost: frozenset[tuple[int, int, int]]
     ) -> Slot:
         order = self._orders[source]
         while True:
             stretch = order.stretch(stream, cursor[source])
             unused = self._left_out.samples.get((source, stretch.unit), frozenset())
-            if (source, stretch.unit) not in lost:
+            if (stream, source, stretch.unit) not in lost:
                 for nth, member in enumerate(order.members(stretch), 1):
                     if member not in unused:
                         cursor[source] = (stretch.epoch, stretch.offset + nth)
@@ -181,8 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.step < 1:
         parser.error(f"--step must be at least 1, got {options.step}")
     try:
-        recipe = load_recipe(options.recipe, options.overrides).recipe
-        show(recipe, options)
+        loaded = load_recipe(options.recipe, options.overrides)
+        faults = [fault for fault in check_recipe(loaded.recipe, 1, loaded.origins) if fault.startswith(_ITS_FIELDS)]
+        if faults:
+            raise RecipeError(faults)
+        show(loaded.recipe, options)
     except RecipeError as error:
         print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr)
         return 2
@@ -196,10 +201,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(recipe: Recipe, options: argparse.Namespace) -> None:
     """Prints the samples of `options.step` and their digest."""
-    shards = open_sources(recipe.data, Ranks())
     folder = options.run or Path(recipe.run.folder).expanduser() / recipe.run.name
     if options.run is not None and not (folder / "recipe.yaml").is_file():
         raise DataError(f"--run = {folder}: is not a run folder, it has no recipe.yaml")
+    if (folder / "recipe.yaml").is_file() and not options.checked:
+        theirs = load_recipe(str(folder / "recipe.yaml")).recipe
+        for key, own, its in _what_orders(recipe, theirs):
+            if own != its:
+                raise DataError(f"{key} = {own}: the run in {folder} has {its}; give its recipe, or another run.name")
+    shards = open_sources(recipe.data, Ranks())
     events = [] if options.checked else list(_lines(folder / "events.jsonl"))
     left_out = checked(options.checked, shards) if options.checked else of_events(events, shards)
     ledger = Ledger(
@@ -232,6 +242,14 @@ def show(recipe: Recipe, options: argparse.Namespace) -> None:
     print(f"batch_digest {digest}{verdict}", file=sys.stderr if options.json else sys.stdout)
 
 
+def _what_orders(recipe: Recipe, other: Recipe) -> Iterator[tuple[str, object, object]]:
+    """The settings that decide which sample comes when."""
+    yield "run.seed", recipe.run.seed, other.run.seed
+    yield "data.streams", recipe.data.streams, other.data.streams
+    yield "data.train", recipe.data.train, other.data.train
+    yield "engine.batch_size", recipe.engine.batch_size, other.engine.batch_size
+
+
 def _shard(shards: Sequence[Sequence[Shard]], slot: Slot) -> Shard:
     return shards[slot.source][slot.unit]
 
@@ -250,14 +268,14 @@ def of_events(events: Sequence[Mapping[str, Any]], shards: Sequence[Sequence[Sha
     """What the skips in a run's events.jsonl say was left out."""
     units = {(source, shard.name): unit for source, part in enumerate(shards) for unit, shard in enumerate(part)}
     keys: dict[tuple[int, int], dict[str, set[str]]] = {}
-    lost: dict[int, set[tuple[int, int]]] = {}
+    lost: dict[int, set[tuple[int, int, int]]] = {}
     for event in events:
         if event.get("kind") != "skip" or event["cause"] in _NO_SAMPLE:
             continue
         source = int(event.get("source", 0))
         if event["cause"] == Cause.UNREACHABLE_SHARD:
             if event["step"] > 0 and (source, event["key"]) in units:
-                lost.setdefault(event["step"], set()).add((source, units[source, event["key"]]))
+                lost.setdefault(event["step"], set()).add((event["stream"], source, units[source, event["key"]]))
             continue
         name, key = _split(event["key"], source, units)
         keys.setdefault((source, units[source, name]), {}).setdefault(key, set()).add(event["cause"])

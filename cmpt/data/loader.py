@@ -20,21 +20,34 @@ import torch
 from numpy.typing import NDArray
 
 from cmpt.batch import ImageTextBatch, Rejection
+from cmpt.data.cache import longest_fetch_s
 from cmpt.data.decode import Encoded, crop_draws
 from cmpt.data.decoders import Decoder, open_decoder
 from cmpt.data.places import Places, Stall
-from cmpt.data.rows import DIGEST_BYTES, StreamFiller, StreamRows
-from cmpt.data.shards import Shard, ShardReader
+from cmpt.data.reader import ShardReader
+from cmpt.data.rows import DIGEST_BYTES, MOST_SHARDS_LOST_IN_A_ROW, StreamFiller, StreamRows
+from cmpt.data.shards import Shard
 from cmpt.data.streams import LoaderState, SourceOrder, draw_sources, owned_streams
 from cmpt.data.text_masking import TextMask
 from cmpt.data.tokenizer import Tokenizer, pack_captions
 from cmpt.data.validate import DataError
 from cmpt.ops.random import Purpose, uniform
 from cmpt.recipe import schema
+from cmpt.recipe.paths import is_local
 
+_PATIENCE_S = 300.0  # storage may hang for a while; ending the run would not bring it back sooner
 _CAPTION_CHUNK = 64  # rows per task
 
 Item = tuple[ImageTextBatch, LoaderState]
+
+
+def longest_wait_s(data: schema.Data) -> float:
+    """How long the next batch may take while nothing is wrong but the storage, in seconds.
+
+    Five minutes, and with shards behind URLs as long as a stream takes to lose as many in a row as end the run.
+    """
+    remote = data.cache == "always" or any(not is_local(url) for source in data.train for url in source.urls)
+    return _PATIENCE_S + (MOST_SHARDS_LOST_IN_A_ROW * longest_fetch_s(data) if remote else 0.0)
 
 
 def batch_digest(stream_digests: Iterable[bytes]) -> str:

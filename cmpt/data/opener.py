@@ -38,6 +38,10 @@ class FetchError(DataError):
     """A shard cannot be had: names the URL, the number of attempts and the last cause."""
 
 
+class HostError(DataError):
+    """This host cannot fetch or keep shards, whichever they are: no room, no program, no folder."""
+
+
 class AttemptError(Exception):
     """One try to fetch a shard failed; the next one may not."""
 
@@ -87,7 +91,7 @@ def _command(url: str, allow_pipe: bool) -> tuple[list[str], str]:
         known = ", ".join(f"{name}:" for name in _COMMANDS)
         raise FetchError(f"{url}: must be a path or begin with one of {known} pipe:")
     if shutil.which(words[0]) is None:
-        raise FetchError(f"{url}: {kind} need the program `{words[0]}`, which is not installed")
+        raise HostError(f"{url}: {kind} need the program `{words[0]}`, which is not installed")
     return words, "the command" if scheme == "pipe" else words[0]
 
 

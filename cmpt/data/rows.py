@@ -11,15 +11,16 @@ from cmpt.batch import Rejection
 from cmpt.data.cache import FetchError
 from cmpt.data.captions import choose_caption
 from cmpt.data.places import Places
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import Sample, read_sample, sample_key
-from cmpt.data.shards import Shard, ShardReader
+from cmpt.data.shards import Shard
 from cmpt.data.streams import Candidate, Position, SourceOrder
 from cmpt.data.validate import Cause, DataError, UnusableError
 from cmpt.recipe import schema
 
 DIGEST_BYTES = 16
 _MOST_REJECTED_IN_A_ROW = 10_000
-_MOST_SHARDS_LOST_IN_A_ROW = 8  # then the network is gone, not a shard: a run must not walk over all data so
+MOST_SHARDS_LOST_IN_A_ROW = 8  # then the network is gone, not a shard: a run must not walk over all data so
 
 
 def row_identity(source: int, key: str) -> bytes:
@@ -126,7 +127,7 @@ class StreamFiller:
         self._positions[source] = rest.behind
         self._candidates[source] = self._orders[source].candidates(self._stream, rest.behind)
         name = self._shards[source][candidate.unit].name
-        return Rejection(Cause.UNREACHABLE_SHARD, name, str(error), source, rest.size)
+        return Rejection(Cause.UNREACHABLE_SHARD, name, str(error), source, rest.size, self._stream)
 
     def _check_hope(self, source: int, in_a_row: list[Rejection]) -> None:
         """Raises DataError where it would go on like this."""
@@ -135,7 +136,7 @@ class StreamFiller:
         if (
             samples < self._orders[source].samples
             and len(in_a_row) < _MOST_REJECTED_IN_A_ROW
-            and lost_shards < _MOST_SHARDS_LOST_IN_A_ROW
+            and lost_shards < MOST_SHARDS_LOST_IN_A_ROW
         ):
             return
         counts = ", ".join(f"{cause} {count}" for cause, count in Counter(r.cause for r in in_a_row).most_common())

@@ -7,7 +7,8 @@ from typing import Any
 
 from cmpt.data.captions import captions_from_json, captions_from_text, read_json
 from cmpt.data.index import Members
-from cmpt.data.shards import Shard, ShardReader
+from cmpt.data.reader import ShardReader
+from cmpt.data.shards import Shard
 from cmpt.data.tar import LINK
 from cmpt.data.validate import Cause, ImageHeader, UnusableError, examine_image
 from cmpt.recipe import schema

@@ -1,4 +1,4 @@
-"""Shards: from URL lists to how many samples each holds, and reads by offset.
+"""Shards: from URL lists to how many samples each holds.
 
 Every shard is indexed once (index.py); the index is looked for in data.cache_folder, then beside the shard. Shards
 behind URLs are read from whole copies in the cache (cache.py): random access is always on a local file.
@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmpt.data.cache import FetchError, HeldShard, ShardCache, file_digest
-from cmpt.data.index import BESIDE, INDEX_FORMAT, Members, ShardFault, ShardIndex, build_index, load_index, save_index
+from cmpt.data.cache import FetchError, ShardCache, file_digest
+from cmpt.data.index import BESIDE, INDEX_FORMAT, ShardFault, ShardIndex, build_index, load_index, save_index
 from cmpt.data.validate import Cause, DataError
 from cmpt.recipe import schema
 from cmpt.recipe.paths import expand_shards, is_local
 
 _INDEX_THREADS = 16  # walking a tar waits for the disk or the network, not for the processor
 _INDEXED_TOGETHER = 64  # by a rank, between two exchanges
-_LOST_S = 600.0  # a shard that could not be read is not tried again for so long
+_MOST_LOST_AT_FIRST = 8
+_UNREACHABLE = Cause.UNREACHABLE_SHARD
 
 
 class Ranks(NamedTuple):
@@ -48,6 +47,11 @@ class Shard:
     index_path: Path
     cached: bool = False  # read from a copy in the cache
     fault: ShardFault | None = None
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether it could not be had when it was to be indexed."""
+        return self.fault is not None and self.fault.cause == _UNREACHABLE
 
 
 class _Known(NamedTuple):
@@ -72,11 +76,14 @@ def expand_urls(urls: Iterable[str], source: str = "data.train") -> list[str]:
 
 
 def open_sources(
-    data: schema.Data, ranks: Ranks, progress: Callable[[str, int, int], None] | None = None
+    data: schema.Data,
+    ranks: Ranks,
+    progress: Callable[[str, int, int], None] | None = None,
+    left_out: Collection[str] = (),
 ) -> list[list[Shard]]:
-    """The shards of each source of data.train; `progress(source, done, all)` and errors as of `open_shards`."""
+    """The shards of each source of data.train; `progress(source, done, all)`, the rest as of `open_shards`."""
     return [
-        open_shards(source.urls, data, name, ranks, progress and partial(progress, name))
+        open_shards(source.urls, data, name, ranks, progress and partial(progress, name), left_out)
         for name, source in ((f"data.train.{number}", source) for number, source in enumerate(data.train))
     ]
 
@@ -87,35 +94,55 @@ def open_shards(
     source: str = "data.train",
     ranks: Ranks = Ranks(),  # noqa: B008
     progress: Callable[[int, int], None] | None = None,
+    left_out: Collection[str] = (),
 ) -> list[Shard]:
     """Expands the URLs and counts every shard's samples; what has no index yet is indexed, each shard by one rank.
 
     `source` names the field in errors; every rank of `ranks` must call with the same URLs. `progress(done, all)` is
-    told of the shards that had to be indexed. Shards behind URLs are fetched for that.
+    told of the shards that had to be indexed. Shards behind URLs are fetched for that. `left_out`: URLs that stay out,
+    without a try; those that could not be had when the run began.
 
     Raises `DataError`, on every rank alike: for paths that do not exist, where no sample is left, and where
     data.broken_shards is "stop" for the first broken shards; else those come back with their `fault`.
     """
-    opener = _Opener(expand_urls(urls, source), data, source)
-    problems, unindexed = zip(*ranks.gather((opener.problem, opener.unindexed)), strict=True)
-    for problem in problems:
+    opener = _Opener(expand_urls(urls, source), data, source, left_out)
+    opened = ranks.gather((opener.problem, opener.unindexed))
+    for problem, _ in opened:
         if problem:
             raise DataError(problem)
-    needed = sorted(set().union(*unindexed))
     known = dict(opener.known)
-    together = _INDEXED_TOGETHER * ranks.world_size
+    needed = sorted(set().union(*(unindexed for _, unindexed in opened)))
+    lacking = [set(unindexed) for _, unindexed in opened]
+    providers = {place: next((r for r, lacks in enumerate(lacking) if place not in lacks), None) for place in needed}
+    if needed:
+        own = {place: opener.known[place] for place, provider in providers.items() if provider == ranks.rank}
+        for part in ranks.gather(own):
+            known |= part
+    needed = [place for place in needed if place not in known]  # which no rank knows
+    together = opener.indexed_together * ranks.world_size
     for start in range(0, len(needed), together):  # in rounds, so that no rank waits long for another
-        own = needed[start : start + together][ranks.rank :: ranks.world_size]
-        for part in ranks.gather(opener.index(own)):
+        mine = needed[start : start + together][ranks.rank :: ranks.world_size]
+        for part, problem in ranks.gather(opener.index(mine)):
+            if problem:
+                raise DataError(problem)
             known |= part
         if progress is not None:
             progress(min(start + together, len(needed)), len(needed))
+        _check_hope(opener, known, source)
     opener.close()
     shards = opener.shards(known)
     broken = [f"{shard.url}: {shard.fault.detail}" for shard in shards if shard.fault]
     if broken and (data.broken_shards == "stop" or not any(shard.count for shard in shards)):
         raise DataError(f"{source}: {len(broken)} of {len(shards)} shards cannot be used: {_some(sorted(broken))}")
     return shards
+
+
+def _check_hope(opener: _Opener, known: dict[int, _Known], source: str) -> None:
+    """Raises DataError where it would go on like this: a wrong host or bucket is told early, not after all shards."""
+    faults = [entry.fault.detail for entry in known.values() if entry.fault and entry.fault.cause == _UNREACHABLE]
+    stops = opener.stops and faults
+    if stops or (len(faults) >= _MOST_LOST_AT_FIRST and len(faults) == len(known)):
+        raise DataError(f"{source}: {len(faults)} of the first {len(known)} shards cannot be had: {_some(faults)}")
 
 
 def index_shard(url: str, data: schema.Data) -> Shard:
@@ -133,8 +160,12 @@ def index_shard(url: str, data: schema.Data) -> Shard:
 class _Opener:
     """Finds and makes the indexes of one source, for one rank."""
 
-    def __init__(self, urls: list[str], data: schema.Data, source: str) -> None:
-        self._urls, self._data, self._source = urls, data, source
+    def __init__(self, urls: list[str], data: schema.Data, source: str, left_out: Collection[str] = ()) -> None:
+        self._urls, self._data, self._source, self._left_out = urls, data, source, frozenset(left_out)
+        fetched = any(map(self._cached, urls))
+        self.indexed_together = 2 * data.fetch_workers if fetched else _INDEXED_TOGETHER
+        self._threads = data.fetch_workers if fetched else _INDEX_THREADS
+        self.stops = data.broken_shards == "stop"
         self._folder = Path(data.cache_folder).expanduser() / "index"
         self.problem: str | None = None
         self.known: dict[int, _Known] = {}
@@ -143,7 +174,7 @@ class _Opener:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._look()
-            if any(map(self._cached, urls)):
+            if fetched:
                 self._cache = ShardCache.of(data)
         except OSError as error:
             self.problem = f"data.cache_folder cannot be made: {error}"
@@ -167,28 +198,36 @@ class _Opener:
                 f"{self._source}: {len(missing)} of {len(self._urls)} shards do not exist: {_some(missing)}"
             )
         wanted = {identity: place for place, identity in enumerate(self._identities)}
+        for place, url in enumerate(self._urls):
+            if url in self._left_out:
+                del wanted[self._identities[place]]
+                self.known[place] = _Known(0, ShardFault(_UNREACHABLE, "could not be had when the run began"))
         # Count and state are part of the name: a listing of 256 folders instead of a look into each of many files.
         for folder in sorted({_subfolder(self._folder, identity) for identity in wanted}):
             for name in os.listdir(folder) if folder.is_dir() else []:
                 identity, _, rest = name.partition(".")
-                place = wanted.get(identity)
-                if place is None or name.endswith(".tmp"):
+                found = wanted.get(identity)
+                if found is None or name.endswith(".tmp"):
                     continue
                 count, state, _ = rest.split(".")
                 if state == "whole":
-                    self.known[place] = _Known(int(count), None)
+                    self.known[found] = _Known(int(count), None)
                 elif (index := load_index(folder / name)) is not None:
-                    self.known[place] = _Known(len(index), index.fault)
+                    self.known[found] = _Known(len(index), index.fault)
 
-    def index(self, places: Sequence[int]) -> dict[int, _Known]:
-        """What is known of the shards at these places; those of which nothing is are indexed, several at a time."""
-        fetched = any(self._cached(self._urls[place]) for place in places)
-        threads = self._data.fetch_workers if fetched else _INDEX_THREADS
-        with ThreadPoolExecutor(threads, thread_name_prefix="cmpt-index") as pool:
-            return dict(zip(places, pool.map(self.entry, places), strict=True))
+    def index(self, places: Sequence[int]) -> tuple[dict[int, _Known], str | None]:
+        """Indexes the shards at these places, several at a time; what is known of them then, or why none can be."""
+        try:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="cmpt-index") as pool:
+                return dict(zip(places, pool.map(self.entry, places), strict=True)), None
+        except DataError as error:
+            return {}, str(error)
 
     def entry(self, place: int) -> _Known:
-        """What is known of the shard at a place, which is indexed where that is nothing."""
+        """What is known of the shard at a place, which is indexed where that is nothing.
+
+        Raises `DataError` for what is wrong with this host rather than with the shard.
+        """
         if place in self.known:
             return self.known[place]
         url = self._urls[place]
@@ -197,7 +236,7 @@ class _Opener:
             if index is None:
                 index = self._made(url)
         except (FetchError, OSError) as error:
-            return _Known(0, ShardFault(Cause.UNREACHABLE_SHARD, str(error)))
+            return _Known(0, ShardFault(_UNREACHABLE, str(error)))
         known = _Known(len(index), index.fault)
         try:
             save_index(index, self._index_path(place, known))
@@ -233,8 +272,8 @@ class _Opener:
 
 
 def short_names(urls: Sequence[str]) -> list[str]:
-    """Of each URL its last parts, as few as tell all of them apart."""
-    parts = [url.split("/") for url in urls]
+    """Of each URL its last parts, as few as tell all of them apart; no signature of an http: URL."""
+    parts = [_lasting(url).split("/") for url in urls]
     for length in range(1, max((len(part) for part in parts), default=0) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -253,140 +292,13 @@ def _index_beside(url: str) -> ShardIndex | None:
     return index if index is not None and index.shard_bytes == status.st_size else None
 
 
-class _OpenShard:
-    """A descriptor and an index; closed when the last user lets go, so eviction cannot cut off a read."""
-
-    def __init__(self, shard: Shard, cache: ShardCache | None) -> None:
-        index = load_index(shard.index_path)
-        path = Path(shard.url)
-        self._held: HeldShard | None = None
-        if cache is not None:
-            self._held = cache.hold(shard.url, *_stated(index))
-            path = self._held.path
-        if index is None:  # made on another host, or gone
-            index = build_index(path, shard.url)
-            with suppress(OSError):  # then it is made again the next time
-                save_index(index, shard.index_path)
-        if len(index) != shard.count:
-            raise DataError(f"{shard.url}: changed while in use, {shard.count} samples before, {len(index)} now")
-        self.index = index
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class ReaderClosedError(RuntimeError):
-    """The reader was closed while, or before, a shard was fetched."""
-
-
-class ShardReader:
-    """Reads members by offset; keeps the last used shards open. Safe to share between threads.
-
-    A shard that cannot be opened is remembered: for ten minutes every use raises the same `FetchError`.
-    """
-
-    def __init__(self, capacity: int, data: schema.Data | None = None) -> None:
-        """`capacity`: shards that stay open. `data`: how shards that are read from the cache are fetched."""
-        self._capacity, self._data = capacity, data or schema.Data()
-        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
-        self._lost: dict[str, tuple[float, FetchError]] = {}
-        self._opening: dict[str, threading.Lock] = {}
-        self._lock = threading.Lock()
-        self._cache: ShardCache | None = None
-        self._closed = False
-
-    def members(self, shard: Shard, place: int) -> Members:
-        """Raises FetchError, as all of this class, where the shard cannot be had."""
-        return self._opened(shard).index.sample(place)
-
-    def read(self, shard: Shard, extent: tuple[int, int]) -> bytes:
-        """The bytes of one member: one positioned read."""
-        offset, size = extent
-        opened = self._opened(shard)
-        try:
-            data = os.pread(opened.descriptor, size, offset)
-        except OSError as error:
-            raise self._lose(shard, FetchError(f"{shard.url}: cannot be read at byte {offset}: {error}")) from error
-        if len(data) != size:
-            raise DataError(f"{shard.url}: changed while in use, got {len(data)} of {size} bytes at {offset}")
-        return data
-
-    def ahead(self, shard: Shard) -> None:
-        """Has the cache fetch a shard that will be needed; returns at once."""
-        if shard.cached and shard.url not in self._open:
-            self._its_cache().ahead(shard.url, *_stated(load_index(shard.index_path)))
-
-    def release(self, shard: Shard) -> None:
-        """Closes a shard that is not needed any more, so that its copy in the cache may go."""
-        with self._lock:
-            self._open.pop(shard.url, None)
-
-    def is_open(self, shard: Shard) -> bool:
-        """Whether a read needs no fetching and no opening."""
-        return shard.url in self._open
-
-    def close(self) -> None:
-        """Ends what is being fetched; whoever waits for it, or wants more, gets a `ReaderClosedError`."""
-        with self._lock:
-            self._closed = True
-            cache = self._cache
-        if cache is not None:
-            cache.close()
-
-    def _its_cache(self) -> ShardCache:
-        with self._lock:
-            if self._closed:
-                raise ReaderClosedError
-            if self._cache is None:
-                self._cache = ShardCache.of(self._data)
-            return self._cache
-
-    def _opened(self, shard: Shard) -> _OpenShard:
-        with self._lock:
-            found = self._open.get(shard.url)
-            if found is not None:
-                self._open.move_to_end(shard.url)
-                return found
-            opening = self._opening.setdefault(shard.url, threading.Lock())
-        cache = self._its_cache() if shard.cached else None
-        with opening:  # one thread opens a shard, which may mean fetching it; the other shards stay usable
-            with self._lock:
-                found = self._open.get(shard.url)
-                since, fault = self._lost.get(shard.url, (0.0, None))
-            if found is not None:
-                return found
-            if fault is not None and time.monotonic() - since < _LOST_S:
-                raise fault
-            try:
-                opened = _OpenShard(shard, cache)
-            except FetchError as error:
-                if self._closed:
-                    raise ReaderClosedError from None  # that says nothing about the shard
-                raise self._lose(shard, error) from None
-            except OSError as error:
-                raise self._lose(shard, FetchError(f"{shard.url}: cannot be opened: {error}")) from error
-            with self._lock:
-                self._open[shard.url] = opened
-                if len(self._open) > self._capacity:
-                    self._open.popitem(last=False)
-                self._opening.pop(shard.url, None)
-            return opened
-
-    def _lose(self, shard: Shard, error: FetchError) -> FetchError:
-        with self._lock:
-            self._lost[shard.url] = (time.monotonic(), error)
-        return error
+def _lasting(url: str) -> str:
+    """What stays of a URL when it is signed anew."""
+    return re.split("[?#]", url)[0] if url.lower().startswith(("http:", "https:")) else url
 
 
 def _subfolder(folder: Path, identity: str) -> Path:
     return folder / identity[:2]
-
-
-def _stated(index: ShardIndex | None) -> tuple[int | None, str | None]:
-    """Size and digest that a copy of the shard must have."""
-    return (index.shard_bytes, index.digest) if index is not None else (None, None)
 
 
 def _hash(text: str) -> str:

@@ -16,6 +16,7 @@ from cmpt.data.validate import Cause, DataError
 _BLOCK = 512
 _END_MARK = bytes(_BLOCK)
 _REGULAR, _LINKS = (b"0", b"\0", b"7"), (b"1", b"2")
+_MOST_METADATA_BYTES = 1 << 20  # of one header; names and attributes have some hundreds
 _GNU_LONG_NAME, _GNU_SPARSE, _PAX, _PAX_GLOBAL = b"L", b"S", b"x", b"g"
 
 
@@ -69,6 +70,10 @@ def _walk(descriptor: int, url: str) -> Iterator[Member]:
         size = _checked_size(header, position, url)
         if kind not in (_PAX, _PAX_GLOBAL, _GNU_LONG_NAME) and "size" in pax:
             size = int(pax["size"])
+            if size < 0:
+                raise TarError(Cause.DAMAGED_SHARD, url, f"a member of {size} bytes at byte {position}")
+        if kind in (_PAX, _PAX_GLOBAL, _GNU_LONG_NAME) and size > _MOST_METADATA_BYTES:
+            raise TarError(Cause.DAMAGED_SHARD, url, f"{size} bytes of metadata at byte {position}")
         contents = position + _BLOCK
         if contents + size > file_size:
             detail = f"cut short, a member at byte {contents} has {size} bytes and the file ends at {file_size}"
@@ -85,7 +90,7 @@ def _walk(descriptor: int, url: str) -> Iterator[Member]:
         else:
             if kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
                 raise TarError(Cause.DAMAGED_SHARD, url, f"sparse members are not supported (byte {contents})")
-            name = long_name or pax.get("path") or _name(header)
+            name = (long_name or pax.get("path") or _name(header)).partition(b"\0")[0]
             if kind in _LINKS or (kind in _REGULAR and not name.endswith(b"/")):
                 length = LINK if kind in _LINKS else size
                 yield Member(name.decode("utf-8", "backslashreplace"), contents, length)
@@ -122,12 +127,12 @@ def _name(header: bytes) -> bytes:
 
 def _pax_records(data: bytes) -> dict[str, bytes]:
     """Records of the form `LENGTH KEY=VALUE` + newline, the length counting all of it."""
-    records = {}
-    while data:
-        length = int(data.partition(b" ")[0])
-        key, equals, value = data[:length].partition(b" ")[2].partition(b"=")
-        if not equals or not value.endswith(b"\n"):
+    records, start = {}, 0
+    while start < len(data):
+        end = start + int(data[start : data.index(b" ", start)])
+        key, equals, value = data[start:end].partition(b" ")[2].partition(b"=")
+        if not equals or not value.endswith(b"\n") or end > len(data):
             raise ValueError("malformed pax record")
         records[key.decode("utf-8", "replace")] = value[:-1]
-        data = data[length:]
+        start = end
     return records

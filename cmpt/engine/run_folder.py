@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,8 @@ from cmpt.recipe import RecipeError, differences, load_recipe, to_yaml
 from cmpt.recipe.schema import Recipe
 
 _PACKAGES = ("torch", "deepspeed", "xformers", "nvidia-dali-cuda130", "webdataset", "omegaconf", "sentencepiece")
+
+LEFT_OUT = "left_out.json"
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -39,7 +42,7 @@ def conflict(recipe: Recipe) -> str | None:
         if not folder.is_dir() or any(folder.iterdir()):
             return f"run.name: {folder} exists and is not a run folder (no recipe.yaml); choose another run.name"
         return None
-    if recipe.run.overwrite or not any((folder / "checkpoints").glob("step_*")):
+    if recipe.run.overwrite or not _has_begun(folder):
         return None  # what a start left that never came to a checkpoint holds nothing to go on with
     remedy = "choose another run.name, or start over with run.overwrite=true"
     try:
@@ -55,8 +58,23 @@ def conflict(recipe: Recipe) -> str | None:
     return None
 
 
-def prepare(recipe: Recipe, world_size: int) -> Path:
+def _has_begun(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return any((folder / "checkpoints").glob("step_*"))
+
+
+def left_out(recipe: Recipe) -> list[str]:
+    """URLs of the shards that could not be had when the run in the folder began: they stay out of its order."""
+    folder = run_folder(recipe)
+    if recipe.run.overwrite or not _has_begun(folder) or not (folder / LEFT_OUT).exists():
+        return []
+    return list(json.loads((folder / LEFT_OUT).read_text()))
+
+
+def prepare(recipe: Recipe, world_size: int, out_of_reach: Sequence[str] = ()) -> Path:
     """Make the folder, or empty it if the recipe says so, and write recipe.yaml and environment.json. Rank 0 only.
+
+    `out_of_reach`: URLs of shards that the order of this run is made without, for `left_out`.
 
     Call it only where `conflict` found none: it deletes what stands in the folder if run.overwrite is set. Raises
     RecipeError where another process trains in it; the folder is this one's until the process ends.
@@ -68,6 +86,8 @@ def prepare(recipe: Recipe, world_size: int) -> Path:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     _own(folder)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    if not _has_begun(folder):
+        (folder / LEFT_OUT).write_text(json.dumps(list(out_of_reach), indent=1) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(world_size), indent=1) + "\n")
     return folder
 

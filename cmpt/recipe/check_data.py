@@ -53,7 +53,7 @@ def _shard_faults(key: str, url: str, data: Data) -> Iterator[Fault]:
         yield key, url, f"must be a path or one of {', '.join(REMOTE_SCHEMES)} got {unknown[0]}"
     elif remote and data.cache == "never":
         yield key, url, 'must be a path with data.cache = "never": shards behind URLs are read from the cache only'
-    elif any(shard.startswith("pipe:") for shard in remote) and not data.allow_pipe:
+    elif any(shard[:5].lower() == "pipe:" for shard in remote) and not data.allow_pipe:
         yield key, url, "hands a command to a shell: needs data.allow_pipe=true"
     paths = [shard for shard in shards if is_local(shard)]
     folders: dict[str, set[str]] = {}

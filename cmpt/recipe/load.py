@@ -42,6 +42,7 @@ NOT_IDENTITY = (
     "data.fetch_attempts",
     "data.fetch_timeout_s",
     "data.allow_pipe",
+    "data.broken_shards",
     "data.workers",
     "data.prefetch_batches",
     "data.stall_s",

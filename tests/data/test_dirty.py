@@ -11,7 +11,7 @@ import torch
 from data.dirty import kinds, write_dirty_shards
 from data.making import jpeg, take, text_sample, write_tar
 
-from cmpt.data.shards import ShardReader
+from cmpt.data.reader import ShardReader
 from cmpt.data.streams import SourceOrder
 from cmpt.data.validate import Cause
 from cmpt.recipe import schema

@@ -18,8 +18,9 @@ from data import rank_processes
 
 from cmpt.data.ledger import Ledger, slots_digest
 from cmpt.data.loader import batch_digest
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import sample_key
-from cmpt.data.shards import Ranks, ShardReader, open_sources
+from cmpt.data.shards import Ranks, open_sources
 from cmpt.data.streams import LoaderState
 from cmpt.recipe import load_recipe
 
@@ -78,7 +79,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
 @pytest.mark.multiprocess
 def test_four_two_one_two_processes_with_kills_read_what_one_reads(uninterrupted: list[Step], tmp_path: Path) -> None:
     seen: list[Step] = []
-    state, chance = tmp_path / "state.json", random.SystemRandom()
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed of the kills: {seed}")  # shown where the test fails
+    state, chance = tmp_path / "state.json", random.Random(seed)
     for nth, world_size in enumerate((4, 2, 1)):
         seen += read_and_kill(world_size, 50 * (nth + 1) + chance.randrange(40), state, tmp_path / f"part{nth}")
         kept = chance.randrange(len(seen) - 5, len(seen))  # the checkpoint is some steps older than the kill
@@ -122,7 +125,7 @@ def test_the_ledger_computes_the_order_and_every_sample_comes_once_per_epoch(
         for epoch in range(3):
             assert len(visits[source, epoch]) == samples
             assert set(visits[source, epoch].values()) == {1}
-    for step in random.sample(uninterrupted, 5):  # from the beginning of the run too
+    for step in random.Random(5).sample(uninterrupted, 5):  # from the beginning of the run too
         slots = ledger.step(step["step"])
         keys = [
             sample_key(shard, reader.members(shard, slot.member))

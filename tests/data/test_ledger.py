@@ -12,9 +12,9 @@ from data.making import take, text_sample, write_tar
 
 from cmpt.data.ledger import Ledger, LeftOut, checked, newest_state, of_events, slots_digest
 from cmpt.data.loader import Loader, batch_digest
+from cmpt.data.reader import ShardReader
 from cmpt.data.samples import sample_key
-from cmpt.data.shards import ShardReader
-from cmpt.data.streams import LoaderState
+from cmpt.data.streams import LoaderState, SourceOrder
 from cmpt.data.validate import Cause, DataError
 
 
@@ -72,6 +72,18 @@ def test_a_shard_that_was_lost_is_lost_in_the_ledger_too(make_loader, settings, 
     settings.broken_shards = "stop"
     with pytest.raises(DataError, match=r"3\.tar: cannot be opened"):
         take(loader, 40)
+
+
+def test_streams_that_share_a_shard_lose_it_apart(make_loader, settings, tmp_path) -> None:
+    """One that lost its rest says nothing about the other."""
+    unit = SourceOrder(1, 0, [40, 40], 4).stretch(0, (0, 0)).unit
+    left_out = LeftOut(lost={2: frozenset({(0, 0, unit)})})
+    ledger = Ledger(1, [[40, 40]], [1.0], streams=4, batch_size=8, left_out=left_out)
+    plain = Ledger(1, [[40, 40]], [1.0], streams=4, batch_size=8)
+    for step in (2, 3):
+        ours, whole = ledger.step(step), plain.step(step)
+        assert [slot for slot in ours if slot.stream] == [slot for slot in whole if slot.stream]
+        assert [slot for slot in ours if not slot.stream] != [slot for slot in whole if not slot.stream]
 
 
 def test_a_step_far_out_is_computed_at_once() -> None:

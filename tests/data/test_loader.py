@@ -14,7 +14,7 @@ import torch
 from data.making import jpeg, json_sample, take, text_sample, undecodable_jpeg, write_tar
 
 from cmpt.batch import ImageTextBatch
-from cmpt.data import shards as shards_module
+from cmpt.data import reader as reader_module
 from cmpt.data.loader import batch_digest
 from cmpt.data.streams import LoaderState
 from cmpt.data.validate import Cause, DataError
@@ -104,14 +104,14 @@ def test_resume_at_another_world_size(make_loader, shard_pattern) -> None:
 def test_resume_reads_nothing_that_was_already_consumed(make_loader, shard_pattern, monkeypatch) -> None:
     whole = take(make_loader(shard_pattern), 6)
     loader, read = make_loader(shard_pattern), []
-    original = shards_module.ShardReader.members
+    original = reader_module.ShardReader.members
 
     def recording(self, shard, place):
         members = original(self, shard, place)
         read.append(f"{shard.name}/{members.key}")
         return members
 
-    monkeypatch.setattr(shards_module.ShardReader, "members", recording)
+    monkeypatch.setattr(reader_module.ShardReader, "members", recording)
     take(loader, 1, whole[2][1])
     assert sorted(read[:8]) == sorted(whole[3][0].keys)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from data.test_loader import assert_same_batch
 
 from cmpt.data.loader import Loader
 from cmpt.data.places import Stall
+from cmpt.data.reader import ShardReader
 from cmpt.data.shards import Ranks, open_shards
 from cmpt.data.streams import SourceOrder
 from cmpt.data.validate import Cause, DataError
@@ -127,7 +129,7 @@ def test_a_shard_that_is_not_there_at_the_start_is_left_out_or_stops_the_run(mak
     assert (fault.cause, fault.key) == (Cause.UNREACHABLE_SHARD, "16.tar")
     assert loader.samples_per_epoch == SHARDS * SAMPLES
     remote.broken_shards = "stop"
-    with pytest.raises(DataError, match=r"data\.train: 1 of 17 shards cannot be used: http.*/16\.tar: "):
+    with pytest.raises(DataError, match=r"data\.train: 1 of the first 17 shards cannot be had: http.*/16\.tar: "):
         make_loader(server.url("{00..16}.tar"))
 
 
@@ -162,6 +164,74 @@ def test_hosts_share_the_work_of_a_first_start(server, remote, tmp_path) -> None
     assert set(server.requests.values()) == {1}, "each shard was fetched by one of the hosts"
 
 
+def test_a_fault_of_one_rank_is_raised_by_all(server, remote, tmp_path) -> None:
+    hosts = Hosts(2)
+    (tmp_path / "host1").mkdir()
+    (tmp_path / "host1" / "index").write_text("in the way")
+
+    def start(rank: int) -> str:
+        data = replace(remote, cache_folder=str(tmp_path / f"host{rank}"))
+        with pytest.raises(DataError) as caught:
+            open_shards([server.url("{00..15}.tar")], data, ranks=Ranks(rank, 2, lambda own: hosts.gather(rank, own)))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(start, range(2))
+    assert first == second and first.startswith("data.cache_folder cannot be made")
+
+
+def test_what_another_host_knows_is_not_fetched_again(server, remote, tmp_path) -> None:
+    open_shards([server.url("{00..15}.tar")], replace(remote, cache_folder=str(tmp_path / "host1")))
+    before, hosts = sum(server.requests.values()), Hosts(2)
+
+    def start(rank: int) -> int:
+        data = replace(remote, cache_folder=str(tmp_path / f"host{rank}"))
+        ranks = Ranks(rank, 2, lambda own: hosts.gather(rank, own))
+        return sum(shard.count for shard in open_shards([server.url("{00..15}.tar")], data, ranks=ranks))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(start, range(2))) == [SHARDS * SAMPLES] * 2
+    assert sum(server.requests.values()) == before
+
+
+def test_a_host_without_room_stops_the_run_instead_of_losing_data(make_loader, server, remote) -> None:
+    remote.fetch_attempts = 2
+    loader = make_loader(server.url("{00..15}.tar"))
+    remote.cache_limit_bytes = 2 * (server.folder / "00.tar").stat().st_size
+    for copy in (Path(remote.cache_folder) / "shards").glob("*.tar"):
+        copy.unlink()
+    with pytest.raises(DataError, match=r"data\.cache_limit_bytes = \d+ is too small"):
+        take(loader, 60)
+
+
+def test_a_wrong_host_is_told_after_some_shards(make_loader, remote) -> None:
+    remote.fetch_attempts = 1
+    with pytest.raises(DataError, match=r"data\.train: 8 of the first 8 shards cannot be had: http://127\.0\.0\.1:9/"):
+        make_loader("http://127.0.0.1:9/{000..999}.tar")
+
+
+def test_a_shard_that_was_out_of_reach_at_the_start_stays_out(make_loader, server, remote) -> None:
+    remote.fetch_attempts = 1
+    away = (server.folder / "07.tar").rename(server.folder / "away")
+    url = server.url("{00..15}.tar")
+    loader = make_loader(url)
+    (gone,) = [shard.url for shard in loader.shards[0] if shard.out_of_reach]
+    away.rename(server.folder / "07.tar")
+    shards = open_shards([url], remote, left_out=[gone])
+    assert [shard.count for shard in shards] == [shard.count for shard in loader.shards[0]]
+    assert sum(shard.count for shard in open_shards([url], remote)) == SHARDS * SAMPLES
+
+
+def test_a_slow_path_that_was_written_anew_is_copied_anew(server, remote) -> None:
+    """Tars are padded to 10,240 bytes: the size says little."""
+    remote.cache, path = "always", server.folder / "00.tar"
+    (shard,) = open_shards([str(path)], remote)
+    write_tar(path, [text_sample(1, "fresh")] + [text_sample(n) for n in range(1, SAMPLES)])
+    (again,) = open_shards([str(path)], remote)
+    assert ShardReader(1, remote).members(shard, 0).key == "000000"
+    assert ShardReader(1, remote).members(again, 0).key == "fresh"
+
+
 def test_slow_paths_are_read_from_copies(make_loader, server, remote) -> None:
     pattern = str(server.folder / "{00..15}.tar")
     expected = take(make_loader(pattern), 20)
@@ -169,7 +239,9 @@ def test_slow_paths_are_read_from_copies(make_loader, server, remote) -> None:
     loader = make_loader(pattern)
     take(loader, 20)
     for path in server.folder.glob("*.tar"):
-        path.write_bytes(b"no longer read")
+        written = path.stat().st_mtime_ns
+        path.write_bytes(bytes(path.stat().st_size))  # no longer read
+        os.utime(path, ns=(written, written))
     for (batch, _), (its, _) in zip(take(loader, 20), expected, strict=True):
         assert_same_batch(batch, its)
 

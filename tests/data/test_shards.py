@@ -14,8 +14,9 @@ import webdataset
 from data.making import text_sample, write_tar
 
 from cmpt.data import shards as shards_module
-from cmpt.data.index import BESIDE, build_index, save_index
-from cmpt.data.shards import ShardReader, open_shards, short_names
+from cmpt.data.index import BESIDE, build_index, load_index, save_index
+from cmpt.data.reader import ShardReader
+from cmpt.data.shards import open_shards, short_names
 from cmpt.data.tar import LINK, walk_members
 from cmpt.data.validate import Cause, DataError
 from cmpt.recipe import schema
@@ -187,6 +188,47 @@ def test_names_are_as_long_as_tells_the_shards_apart() -> None:
     assert short_names(["/x/a/0.tar", "/x/a/1.tar"]) == ["0.tar", "1.tar"]
     assert short_names(["/x/a/0.tar", "/x/b/0.tar"]) == ["a/0.tar", "b/0.tar"]
     assert short_names(["s3://x/0.tar", "/x/0.tar", "0.tar"]) == ["s3://x/0.tar", "/x/0.tar", "0.tar"]
+
+
+@pytest.mark.parametrize("size", ["-1536", "x", "1" * 30])
+def test_hostile_sizes_end_the_walk(tmp_path, size) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "000.jpg", b"first")
+        member = tarfile.TarInfo("001.jpg")
+        member.pax_headers = {"size": size}
+        archive.addfile(member)
+    index = build_index(path, "s.tar")
+    assert len(index) == 1 and index.fault.cause in (Cause.DAMAGED_SHARD, Cause.TRUNCATED_SHARD)
+
+
+def test_metadata_is_bounded(tmp_path) -> None:
+    for size, fault in ((500_000, None), (2_000_000, Cause.DAMAGED_SHARD)):
+        path = tmp_path / f"{size}.tar"
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+            member = tarfile.TarInfo("000.jpg")
+            member.pax_headers = {"comment": "x" * size, "more": "y"}
+            archive.addfile(member)
+        index = build_index(path, "s.tar")
+        assert (index.fault and index.fault.cause) == fault
+
+
+def test_an_index_survives_its_file_with_names_of_all_kinds(tmp_path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("a.x\0jpg", "a.\n", "b.jpg", "b.txt", "é.日本", "c."):
+            member = tarfile.TarInfo("placeholder")
+            member.pax_headers = {"path": name}
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name[:1].encode() * len(name)))
+    built = build_index(path, "s.tar")
+    save_index(built, tmp_path / "index.npz")
+    loaded = load_index(tmp_path / "index.npz")
+    assert [loaded.sample(n) for n in range(len(loaded))] == [built.sample(n) for n in range(len(built))]
+    assert (loaded.fault, loaded.digest, loaded.shard_bytes) == (None, None, path.stat().st_size)
+    empty = build_index(write_tar(tmp_path / "empty.tar", []), "empty.tar")
+    save_index(empty, tmp_path / "index.npz")
+    assert load_index(tmp_path / "index.npz").fault == empty.fault
 
 
 def test_a_repeated_key_is_marked(tmp_path) -> None:

@@ -25,7 +25,8 @@ from cmpt.data import shards as shards_module
 from cmpt.data.index import load_index
 from cmpt.data.ledger import main as list_step
 from cmpt.data.loader import Loader
-from cmpt.data.shards import ShardReader, open_shards
+from cmpt.data.reader import ShardReader
+from cmpt.data.shards import open_shards
 from cmpt.data.tokenizer import open_tokenizer
 from cmpt.data.validate import Cause
 from cmpt.recipe import load_recipe
