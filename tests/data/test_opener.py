@@ -13,6 +13,7 @@ from data.caching import ATTEMPTS, CacheMaker, children, command_lines, make_cac
 from data.flaky_server import Fault, FlakyServer
 
 from cmpt.data.cache import FetchError, file_digest
+from cmpt.data.opener import HostError
 from cmpt.data.validate import DataError
 
 
@@ -162,7 +163,7 @@ def test_a_missing_program_is_named_at_once(make_cache, tmp_path, monkeypatch, s
     cache = make_cache(waits=lambda attempt: pytest.fail("waited, though trying again cannot help"))
     monkeypatch.setenv("PATH", str(tmp_path))
     message = f"^{scheme}://b/s.tar: {scheme}: URLs need the program `{program}`, which is not installed$"
-    with pytest.raises(FetchError, match=message):
+    with pytest.raises(HostError, match=message):
         cache.hold(f"{scheme}://b/s.tar")
     with pytest.raises(FetchError, match=r"^ftp://b/s\.tar: must be a path or begin with one of http:, https:, s3:"):
         cache.hold("ftp://b/s.tar")
