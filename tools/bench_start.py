@@ -26,10 +26,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # runs from a checkout without an install
 
 from cmpt.data.loader import Loader  # noqa: E402
-from cmpt.data.shards import Ranks, open_sources  # noqa: E402
 from cmpt.data.streams import LoaderState  # noqa: E402
 from cmpt.data.tokenizer import open_tokenizer  # noqa: E402
 from cmpt.recipe import check_recipe, load_recipe  # noqa: E402
+from cmpt.train import build_loader  # noqa: E402
 
 RECIPE = REPOSITORY / "recipes" / "quickstart.yaml"
 SHARD = REPOSITORY / "cmpt" / "data" / "clipart" / "train-0000.tar"
@@ -42,18 +42,7 @@ def loader_of(overrides: Sequence[str]) -> Loader:
     faults = check_recipe(recipe)
     if faults:
         raise SystemExit("\n".join(f"error: {fault}" for fault in faults))
-    return Loader(
-        recipe.data,
-        recipe.image,
-        shards=open_sources(recipe.data, Ranks()),
-        tokenizer=open_tokenizer(recipe.tokenizer, recipe.model.context_length),
-        context_length=recipe.model.context_length,
-        seed=recipe.run.seed,
-        batch_size=recipe.engine.batch_size,
-        rank=0,
-        world_size=1,
-        decode=recipe.decode,
-    )
+    return build_loader(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length), 0, 1)
 
 
 def first_batch_s(overrides: Sequence[str]) -> float:

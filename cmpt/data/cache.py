@@ -25,7 +25,7 @@ __all__ = ["FetchError", "HeldShard", "ShardCache", "default_backoff", "file_dig
 _TAR_END = bytes(1024)
 _GROWTH_BYTES = 2**24  # room taken at once for a shard of unknown size, where there is plenty
 _LOOK_S = 0.05  # how often a shard that someone else fetches is looked for
-_MOST_WAIT_S = 60
+_MOST_WAIT_S, _MOST_JITTER = 60, 1.25
 _JOIN_S = 10.0  # a worker ends in a tenth of a second, unless its child hangs in the kernel
 
 _jitter = random.Random()  # apart from the process's generator, whose draws may mean something
@@ -33,12 +33,16 @@ _jitter = random.Random()  # apart from the process's generator, whose draws may
 
 def default_backoff(attempt: int) -> float:
     """Seconds to wait after failed attempt 1, 2, ...: 1, 2, 4, ... up to a minute, and up to a quarter more."""
-    return min(_MOST_WAIT_S, 2 ** min(attempt - 1, 6)) * _jitter.uniform(1, 1.25)
+    return _least_wait_s(attempt) * _jitter.uniform(1, _MOST_JITTER)
+
+
+def _least_wait_s(attempt: int) -> float:
+    return min(_MOST_WAIT_S, 2 ** min(attempt - 1, 6))
 
 
 def longest_fetch_s(data: schema.Data) -> float:
     """How long all attempts at one shard may take, in seconds: each brings no byte until its time is up."""
-    waits = sum(1.25 * min(_MOST_WAIT_S, 2 ** min(attempt - 1, 6)) for attempt in range(1, data.fetch_attempts))
+    waits = _MOST_JITTER * sum(map(_least_wait_s, range(1, data.fetch_attempts)))
     return data.fetch_attempts * data.fetch_timeout_s + waits
 
 

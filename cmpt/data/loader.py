@@ -7,10 +7,9 @@ contents depend on the state alone, never on threads or on how far ahead the pro
 from __future__ import annotations
 
 import hashlib
-import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
@@ -265,16 +264,9 @@ class Loader:
         ordinal_B = np.arange(first, first + len(fillers) * count, dtype=np.int64)
         source_B = draw_sources(self._seed, ordinal_B, self._weights)
         caption_draw_B = uniform(self._seed, ordinal_B, Purpose.CAPTION, 1)[:, 0]
-        tasks = [
-            pool.submit(filler.fill, source_B[rows].tolist(), caption_draw_B[rows].tolist())
-            for filler, rows in zip(fillers, _slices(count), strict=False)
-        ]
+        per_stream = (array.reshape(len(fillers), count).tolist() for array in (source_B, caption_draw_B))
+        tasks = [pool.submit(filler.fill, *slots) for filler, *slots in zip(fillers, *per_stream, strict=True)]
         return ordinal_B, [task.result() for task in tasks]
-
-
-def _slices(count: int) -> Iterator[slice]:
-    """0 … count-1, then the next count, for ever."""
-    return (slice(start, start + count) for start in itertools.count(0, count))
 
 
 class _Decoding:

@@ -197,11 +197,12 @@ class _Opener:
             raise DataError(
                 f"{self._source}: {len(missing)} of {len(self._urls)} shards do not exist: {_some(missing)}"
             )
-        wanted = {identity: place for place, identity in enumerate(self._identities)}
-        for place, url in enumerate(self._urls):
+        wanted = {}
+        for place, (url, identity) in enumerate(zip(self._urls, self._identities, strict=True)):
             if url in self._left_out:
-                del wanted[self._identities[place]]
                 self.known[place] = _Known(0, ShardFault(_UNREACHABLE, "could not be had when the run began"))
+            else:
+                wanted[identity] = place
         # Count and state are part of the name: a listing of 256 folders instead of a look into each of many files.
         for folder in sorted({_subfolder(self._folder, identity) for identity in wanted}):
             for name in os.listdir(folder) if folder.is_dir() else []:

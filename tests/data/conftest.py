@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from data.caching import CacheMaker, make_caches, serve
+from data.flaky_server import FlakyServer
 from data.making import text_sample, write_tar
 
 from cmpt.data.loader import Loader
@@ -83,3 +85,18 @@ def make_loader(settings: schema.Data, tokenizer: Tokenizer) -> LoaderMaker:
         )
 
     return make
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FlakyServer]:
+    yield from serve(tmp_path / "served")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def make_cache(folder: Path) -> Iterator[CacheMaker]:
+    yield from make_caches(folder)

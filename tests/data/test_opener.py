@@ -5,32 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from data.caching import ATTEMPTS, CacheMaker, children, command_lines, make_caches, make_shard, own_files, serve, until
-from data.flaky_server import Fault, FlakyServer
+from data.caching import ATTEMPTS, children, command_lines, make_shard, own_files, until
+from data.flaky_server import Fault
 
 from cmpt.data.cache import FetchError, file_digest
 from cmpt.data.opener import HostError
 from cmpt.data.validate import DataError
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[FlakyServer]:
-    yield from serve(tmp_path / "served")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "shards"
-
-
-@pytest.fixture
-def make_cache(folder: Path) -> Iterator[CacheMaker]:
-    yield from make_caches(folder)
-
 
 FAULTS = {
     "status 500": Fault(status=500),

@@ -30,6 +30,7 @@ from cmpt.data.shards import open_shards
 from cmpt.data.tokenizer import open_tokenizer
 from cmpt.data.validate import Cause
 from cmpt.recipe import load_recipe
+from cmpt.train import build_loader
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = str(REPOSITORY / "recipes/quickstart.yaml")
@@ -150,17 +151,7 @@ def test_headers_alone_tell_of_missing_parts_and_read_no_sample(check, dirty, mo
 
 def make_loader(overrides: list[str]) -> Loader:
     recipe = load_recipe(QUICKSTART, overrides).recipe
-    return Loader(
-        recipe.data,
-        recipe.image,
-        shards=[open_shards(source.urls, recipe.data) for source in recipe.data.train],
-        tokenizer=open_tokenizer(recipe.tokenizer, recipe.model.context_length),
-        context_length=recipe.model.context_length,
-        seed=recipe.run.seed,
-        batch_size=recipe.engine.batch_size,
-        rank=0,
-        world_size=1,
-    )
+    return build_loader(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length), 0, 1)
 
 
 def test_the_counts_are_those_of_an_epoch_and_the_order_follows_from_them(check, dirty, tmp_path, capsys) -> None:
