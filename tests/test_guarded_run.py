@@ -222,6 +222,7 @@ def test_the_dry_run_changes_no_loss(train: Run, tmp_path: Path) -> None:
     assert len(events(tmp_path / "with", "dry_run")) == 1 and not events(tmp_path / "without", "dry_run")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_too_little_memory_shows_before_the_first_step_and_the_advice_helps(train: Run, tmp_path: Path) -> None:
     """The dry run may take 64 MB: not enough for 1,024 pairs at once, enough for them in parts of 32."""

@@ -238,6 +238,7 @@ def two_processes_after(steps: int, overrides: list[str], run: Path, port: int) 
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(tmp_path: Path, free_port: int) -> None:
     """A terminal sends SIGINT to every process, and the launcher then SIGTERMs its ranks once more."""
@@ -250,6 +251,7 @@ def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(tmp_path: Path, free_port
     assert [int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")] == [len(rows(run))]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_holes_are_left_out_alike_by_one_and_by_two_processes(tmp_path: Path, run_cli: RunCli, free_port: int) -> None:
     """Pictures that pass every check and that the decoder then refuses keep their slot; by torchrun, in bf16."""

@@ -93,8 +93,9 @@ def test_a_recipe_error_on_two_hosts_is_exit_code_2(hosts: Hosts, tmp_path: Path
     assert "engine.batch_size" in done.stderr and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("how", ["killed", pytest.param("vanished", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["killed", "vanished"])
 def test_losing_a_host_ends_the_run_and_names_it(how: str, hosts: Hosts, tmp_path: Path) -> None:
     """Killed: every process of the host at once. Vanished: its network goes, nobody is told, and pdsh waits for ssh."""
     run, log = tmp_path / "run", tmp_path / "log"
@@ -140,7 +141,10 @@ def test_a_supervised_run_goes_on_without_a_lost_host_and_takes_it_back(
     process = start(command, hosts, log)
     try:
         wait_until(lambda: steps_done(run) >= 25, process, log, "25 steps on both hosts")
+        lost_at = time.monotonic()
         hosts.kill(1)
+        wait_until(lambda: bool(supervisor_events(run, "exit")), process, log, "end of the run on both hosts")
+        assert time.monotonic() - lost_at < ENDED_LIMIT_S
 
         def resumed_alone() -> bool:
             return len(supervisor_events(run, "start")) >= 2 and any(

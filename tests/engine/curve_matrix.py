@@ -1,24 +1,17 @@
-"""Run by test_curves.py under torchrun: the first 50 steps of the quickstart recipe, again and again.
-
-    torchrun --nproc-per-node W tests/engine/curve_matrix.py
-
-One case after the other in one process group: every ZeRO stage, with and without gradient caching, both losses. The
-recipe is as it is but for fp32 and an eighth of its batch. Prints one JSON object: losses and digests by case.
-"""
+"""The matrix of test_curves.py: the first 50 steps of the quickstart recipe, again and again."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import torch
+import torch.distributed as dist
 
 from cmpt.data.loader import batch_digest
 from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
-from cmpt.dist import process_group
 from cmpt.dist.process_group import gather_objects, sum_over_ranks
 from cmpt.engine.build import build
 from cmpt.engine.counts import count_step
@@ -38,9 +31,12 @@ LOSSES = {
 }
 
 
-def main() -> None:
-    rank, world, device = process_group.start()
-    found = {}
+def matrix() -> dict[str, Any]:
+    """Losses and digests by case: every ZeRO stage, with and without gradient caching, both losses.
+
+    The recipe is as it is but for fp32 and an eighth of its batch.
+    """
+    rank, world, found = dist.get_rank(), dist.get_world_size(), {}
     for loss, stage, cached in itertools.product(LOSSES, range(4), (False, True)):
         # A section of its own keeps the stage with one process, too.
         more = [f"engine.zero_stage={stage}", "engine.deepspeed={zero_optimization: {}}", *LOSSES[loss]]
@@ -51,7 +47,7 @@ def main() -> None:
         loader = build_loader(recipe, tokenizer, rank, world)
         (planned,) = Plan(recipe, loader.samples_per_epoch).phases
         clip = CLIP(recipe.model, recipe.image.size, recipe.run.seed)
-        trained = build(clip, recipe.engine, recipe.optimizer, world, device)
+        trained = build(clip, recipe.engine, recipe.optimizer, world, torch.device("cpu"))
         assert recipe.model.patch_size
         mask = MaskStage(recipe.masking, recipe.image, recipe.model.patch_size, recipe.run.seed, sum_over_ranks)
         losses, digests = [], []
@@ -64,10 +60,4 @@ def main() -> None:
                 losses.append(result.loss)
                 digests.append(batch_digest(d for part in gather_objects(batch.stream_digests) for d in part))
         found[f"{loss} stage={stage} cached={cached}"] = {"losses": losses, "digests": digests}
-    if rank == 0:
-        print(json.dumps(found))
-    process_group.stop()
-
-
-if __name__ == "__main__":
-    main()
+    return found

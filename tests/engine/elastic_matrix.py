@@ -1,22 +1,13 @@
-"""Run by test_elastic.py under torchrun: a checkpoint of any world size and ZeRO stage, resumed at any other.
-
-    torchrun --nproc-per-node W tests/engine/elastic_matrix.py FOLDER [save] [covering] [RESUMED,RESUMED,...]
-
-`save` trains at every stage, writes a checkpoint, and goes on for ten steps. Then, at every stage, what was saved at
-the world sizes RESUMED is loaded and makes the same ten steps; with `covering` each checkpoint at one other stage only.
-Prints one JSON object: the largest relative difference of a loss by case.
-"""
+"""The matrix of test_elastic.py: a checkpoint of any world size and ZeRO stage, resumed at any other."""
 
 from __future__ import annotations
 
 import json
-import sys
 from functools import cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
+import torch.distributed as dist
 from small import BATCH, IMAGE_SIZE, MODEL, own_rows, rows_of  # beside this script
 
 from cmpt.batch import PackedPatches, PackedText
@@ -96,18 +87,16 @@ def resume(folder: Path, rank: int, world: int, saved_worlds: list[int], coverin
     return apart
 
 
-def main() -> None:
-    folder, (*how, last) = Path(sys.argv[1]), sys.argv[2:]
-    rank, world, _ = process_group.start()
-    found = {}
-    if "save" in (*how, last):
+def matrix(to: str, *what: str) -> dict[str, float]:
+    """The largest relative difference of a loss by case; `to` is the folder of the checkpoints.
+
+    "save" trains at every stage, writes a checkpoint, and goes on for ten steps. Then, at every stage, what was saved
+    at the world sizes of the last argument, "1,2", is loaded and makes the same ten steps; with "covering" each
+    checkpoint at one other stage only.
+    """
+    folder, rank, world = Path(to), dist.get_rank(), dist.get_world_size()
+    if "save" in what:
         save(folder, rank, world)
-    if last[0].isdigit():
-        found = resume(folder, rank, world, [int(number) for number in last.split(",")], "covering" in how)
-    if rank == 0:
-        print(json.dumps(found))
-    process_group.stop()
-
-
-if __name__ == "__main__":
-    main()
+    if not what[-1][0].isdigit():
+        return {}
+    return resume(folder, rank, world, [int(number) for number in what[-1].split(",")], "covering" in what)

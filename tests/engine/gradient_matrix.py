@@ -1,28 +1,16 @@
-"""Run by test_gradients.py under torchrun: the gradient that reaches the optimizer, against plain autograd.
-
-    torchrun --nproc-per-node W tests/engine/gradient_matrix.py all | third
-
-One case after the other in one process group: every ZeRO stage, the optimizer in host memory too, with and without
-gradient caching, both losses, with and without holes. A third of the cases has every pair of these together. Prints one
-JSON object: the largest relative difference of any tensor by case, the temperature's apart.
-"""
+"""The matrix of test_gradients.py: the gradient that reaches the optimizer, against plain autograd."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from small import BATCH, IMAGE_SIZE, model_of, own_rows, rows_of  # beside this script
 
-from cmpt.dist import process_group
 from cmpt.engine.build import build
 from cmpt.engine.step import drop_step, find_gradient
 from cmpt.models.clip import CLIP
@@ -50,18 +38,23 @@ def expected_gradients(loss: str, holes: list[int]) -> tuple[float, dict[str, to
     return float(value), {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
 
 
-def main() -> None:
-    rank, world, device = process_group.start()
+def matrix(cases: str) -> dict[str, Any]:
+    """The largest relative difference of any tensor by case, the temperature's apart.
+
+    Every ZeRO stage, the optimizer in host memory too, with and without gradient caching, both losses, with and without
+    holes: `cases` is "all", or "third", which has every pair of these together.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
     own = own_rows(rank, world)
     found: dict[str, Any] = {}
     for (i, loss), (j, holes) in itertools.product(enumerate(LOSSES), enumerate(([], HOLES))):
         expected_loss, expected = expected_gradients(loss, holes)
         for (k, (stage, offload)), (m, micro) in itertools.product(enumerate(STAGES), enumerate(MICRO)):
-            if sys.argv[1] == "third" and (i + j + k + m) % 3:
+            if cases == "third" and (i + j + k + m) % 3:
                 continue
             settings = Engine(batch_size=BATCH, precision="fp32", zero_stage=stage, offload_optimizer=offload)
             settings.deepspeed = {"zero_optimization": {}}  # one process keeps its stage, too
-            trained = build(CLIP(model_of(loss), IMAGE_SIZE, seed=0), settings, Optimizer(), world, device)
+            trained = build(CLIP(model_of(loss), IMAGE_SIZE, seed=0), settings, Optimizer(), world, torch.device("cpu"))
             assert trained.engine.zero_optimization_stage() == stage
             patches, text, valid = rows_of(own, holes)
             valid_B = valid if holes else None
@@ -84,10 +77,4 @@ def main() -> None:
                 "loss": abs(result.loss - expected_loss) / expected_loss,
                 "norm": abs(result.gradient_norms["total"] - norm) / norm,
             }
-    if rank == 0:
-        print(json.dumps(found))
-    process_group.stop()
-
-
-if __name__ == "__main__":
-    main()
+    return found

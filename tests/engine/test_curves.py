@@ -1,26 +1,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
-from conftest import RunCli, unused_port
-
-SCRIPT = "tests/engine/curve_matrix.py"
-
-
-def curves(run_cli: RunCli, world: int) -> dict[str, dict[str, Any]]:
-    command = ["torchrun", "--nproc-per-node", str(world), "--master-port", str(unused_port()), SCRIPT]
-    done = run_cli(command, env={"OMP_NUM_THREADS": "1"}, timeout=3600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+from engine.ranks import Matrix
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_fifty_steps_of_the_quickstart_agree_at_every_world_size_and_stage(run_cli: RunCli) -> None:
+def test_fifty_steps_of_the_quickstart_agree_at_every_world_size_and_stage(matrix: Matrix) -> None:
     """Invariant 2: with and without gradient caching, both losses, against one process at stage 0; fp32."""
-    found = {world: curves(run_cli, world) for world in (1, 2, 4)}
+    found = {world: matrix(world, "curve_matrix", timeout=3600) for world in (1, 2, 4)}
     worst = {}
     for world, cases in found.items():
         assert len(cases) == 2 * 4 * 2

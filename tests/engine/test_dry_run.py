@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from conftest import RunCli
+from engine.ranks import Matrix
 from engine.small import IMAGE_SIZE, MODEL
 
 from cmpt.engine.build import build
@@ -14,7 +12,6 @@ from cmpt.models.clip import CLIP
 from cmpt.recipe import phases
 from cmpt.recipe.schema import Engine, Image, Masking, Model, Optimizer, Phase, Recipe, Run, TextMasking
 
-SCRIPT = "tests/engine/guard_matrix.py"
 LARGEST = LargestBatch(pairs=64, grid=(4, 4), kept=11, words=32)
 
 
@@ -110,17 +107,18 @@ def test_the_captions_of_the_dry_run_are_the_longest_that_text_masking_leaves() 
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_dry_run_changes_nothing(world: int, run_cli: RunCli, free_port: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [(1, "half_dry_run"), *(pytest.param(world, "dry_run", marks=pytest.mark.slow) for world in (1, 2))],
+)
+def test_a_dry_run_changes_nothing(world: int, cases: str, matrix: Matrix) -> None:
     """Before the first step and between two: weights, moments, average, loss scale, and all that follows, bit by bit.
 
     Every ZeRO stage, offloaded too, with and without gradient caching, and in fp16 at a loss scale that overflows.
     """
-    command = ["torchrun", "--nproc-per-node", str(world), "--master-port", str(free_port), SCRIPT, "dry_run"]
-    done = run_cli(command, env={"OMP_NUM_THREADS": "1"}, timeout=900)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert len(found) == (4 if world == 1 else 7) * 3
+    found = matrix(world, "guard_matrix", cases)
+    stages = 4 if world == 1 else 7
+    assert len(found) == (3 * stages if cases == "dry_run" else stages + (stages + 1) // 2)
     assert not {case: told for case, told in found.items() if not all(told.values())}
 
 

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import json
 import socket
 
 import pytest
 import torch
-from conftest import RunCli
+from engine.ranks import Matrix
 
 from cmpt.engine.equal_weights import checksum
 
-SCRIPT = "tests/engine/guard_matrix.py"
 WEIGHT = "visual.transformer.blocks.1.c_fc.weight"
 
 
@@ -26,16 +24,13 @@ def test_every_single_flipped_bit_changes_the_checksum() -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_flipped_bit_names_the_rank_and_the_tensor(world: int, run_cli: RunCli, free_port: int) -> None:
+def test_a_flipped_bit_names_the_rank_and_the_tensor(world: int, matrix: Matrix) -> None:
     """At every ZeRO stage, before the next step; and what has become of it after that step.
 
     Above stage 0 the step hides it: a flipped copy is overwritten, a flipped master goes to all ranks. No false alarm
     in 20 steps, before and after each, refused batches among them.
     """
-    command = ["torchrun", "--nproc-per-node", str(world), "--master-port", str(free_port), SCRIPT, "weights"]
-    done = run_cli(command, env={"OMP_NUM_THREADS": "1"}, timeout=900)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    found = matrix(world, "guard_matrix", "weights")
     assert len(found) == 7 + 1
     host, last = socket.gethostname(), world - 1
     who = f"rank {last} on {host} differs from the rest in"

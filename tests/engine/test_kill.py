@@ -12,7 +12,7 @@ SCRIPT = "tests/engine/killed_saves.py"
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("kills", "kills_of_two_ranks"), [(12, 4), pytest.param(100, 30, marks=pytest.mark.slow, id="100-30")]
+    ("kills", "kills_of_two_ranks"), [(8, 3), pytest.param(100, 30, marks=pytest.mark.slow, id="100-30")]
 )
 def test_after_a_kill_at_any_moment_of_a_save_the_run_resumes_bit_by_bit(
     kills: int, kills_of_two_ranks: int, run_cli: RunCli, tmp_path: Path

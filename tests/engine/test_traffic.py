@@ -1,24 +1,23 @@
 from __future__ import annotations
 
-import json
-
 import pytest
-from conftest import RunCli
+from engine.ranks import Matrix
 
 from cmpt.engine.traffic import expected_bytes
 
-SCRIPT = "tests/engine/traffic_matrix.py"
 CASES = 4 * 2 * 2 + 2 * 2 + 2
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "cases"), [(2, "half"), *(pytest.param(world, "all", marks=pytest.mark.slow) for world in (2, 4))]
+)
 def test_counted_bytes_are_those_that_torch_sees_and_those_of_the_arithmetic(
-    world: int, run_cli: RunCli, free_port: int
+    world: int, cases: str, matrix: Matrix
 ) -> None:
     """Every ZeRO stage, with and without gradient caching, both losses; and holes."""
-    found = run_matrix(world, run_cli, free_port)
-    assert len(found) == CASES
+    found = matrix(world, "traffic_matrix", cases)
+    assert len(found) == (CASES if cases == "all" else 10)
     unseen = {case: it for case, it in found.items() if sum(it["counted"].values()) != sum(it["seen"].values())}
     assert not unseen
     for case, it in found.items():
@@ -35,8 +34,8 @@ def test_counted_bytes_are_those_that_torch_sees_and_those_of_the_arithmetic(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_process_alone_sends_nothing(run_cli: RunCli, free_port: int) -> None:
-    found = run_matrix(1, run_cli, free_port)
+def test_one_process_alone_sends_nothing(matrix: Matrix) -> None:
+    found = matrix(1, "traffic_matrix", "all")
     assert len(found) == CASES
     for it in found.values():
         assert not any(it["counted"].values()) and not any(it["expected"].values())
@@ -55,13 +54,3 @@ def test_the_zero_paper_s_volumes_are_reached_in_the_limit_of_many_ranks() -> No
     assert sent[1]["parameters"] == pytest.approx(4 * count, rel=1e-3)
     assert sent[3]["gradients"] == pytest.approx(4 * count, rel=1e-3)
     assert sent[3]["parameters"] == pytest.approx(2 * 3 * 4 * count, rel=1e-3)  # two parts, three gathers each
-
-
-def run_matrix(world: int, run_cli: RunCli, free_port: int) -> dict[str, dict[str, dict[str, int]]]:
-    command = ["torchrun", "--nproc-per-node", str(world), "--master-port", str(free_port), SCRIPT]
-    done = run_cli(command, env={"OMP_NUM_THREADS": "1"}, timeout=900)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, dict[str, int]]] = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("{"))
-    )
-    return found
