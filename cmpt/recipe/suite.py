@@ -113,7 +113,7 @@ def load_suite(path: str | Path) -> Suite:
     if not layers.add_file(file):
         raise RecipeError(layers.faults)
     tree = layers.tree
-    entries = tree.get("tasks")
+    entries: Any = tree.get("tasks")
     names = {i: _label(entry, i) for i, entry in enumerate(entries)} if isinstance(entries, list) else {}
 
     def report(key: str, value: Any, constraint: str) -> None:
