@@ -17,6 +17,8 @@ from rich.console import ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from cmpt.monitor.tasks import by_task, fractions
+
 _RATE_WINDOW = 30  # logged steps that the speed for the ETA is measured over
 _BAR_CELLS = (8, 30)  # narrowest and widest progress bar
 
@@ -216,7 +218,11 @@ def describe_results(results: Mapping[str, float]) -> str:
         parts.append(f"zero-shot top-1 {percent(results['zero_shot_top1'])}")
     pairs = f", {int(results['pairs']):,} pairs" if "pairs" in results else ""
     chance = f" (chance R@10 {percent(results['chance_r10'])})" if "chance_r10" in results else ""
-    return f"held-out{pairs}: {', '.join(parts) or 'no results'}{chance}"
+    said = [f"held-out{pairs}: {', '.join(parts)}{chance}"] if parts else []
+    for task, found in by_task(results).items():
+        measure, label = next(fractions(found))
+        said.append(f"{task}: {label.lower()} {percent(found[measure])}")
+    return "; ".join(said) or "no results"
 
 
 def number(value: float | None) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmpt.monitor.page import plot_figure, section
-from cmpt.monitor.plots import Curve, Plot, draw
+from cmpt.monitor.plots import COLOURS, Curve, Plot, draw
+from cmpt.monitor.tasks import by_task, fractions, sizes
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -74,7 +75,7 @@ def training_curves(metrics: Records) -> str:
 
 
 def heldout_curves(evaluations: Records) -> str:
-    """The section with the results of all evaluations of the run."""
+    """The section with the results of all evaluations of the run: held-out pairs, then the tasks of a suite."""
     steps = [row.get("step", 0) for row in evaluations]
     pairs = evaluations[-1].get("pairs") if evaluations else None
     drawn = []
@@ -91,6 +92,12 @@ def heldout_curves(evaluations: Records) -> str:
     plot = Plot("zero-shot", curves, percent=True, from_zero=True)
     if plot.has_values():
         drawn.append(plot_figure(draw(plot), "Zero-shot classification", "Accuracy on the held-out pairs by step."))
+    for task, found in by_task(evaluations[-1] if evaluations else {}).items():
+        shown = list(fractions(found))[: len(COLOURS)]
+        curves = [Curve(label, steps, [row.get(f"{task}/{key}") for row in evaluations]) for key, label in shown]
+        plot = Plot(f"task-{task}", curves, percent=True, from_zero=True)
+        if plot.has_values():
+            drawn.append(plot_figure(draw(plot), task, sizes(found)))
     if not drawn:
-        return section("Held-out curves", note="There are no curves yet: fewer than two evaluations.")
-    return section("Held-out curves", f'<div class="plots">{"".join(drawn)}</div>')
+        return section("Evaluation curves", note="There are no curves yet: fewer than two evaluations.")
+    return section("Evaluation curves", f'<div class="plots">{"".join(drawn)}</div>')

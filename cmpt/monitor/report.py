@@ -26,6 +26,7 @@ from cmpt.monitor.header import header
 from cmpt.monitor.incidents import incidents
 from cmpt.monitor.page import folded, page, picture_figure, section, table
 from cmpt.monitor.records import read_records
+from cmpt.monitor.tasks import by_task, chance_of, fractions, sizes
 
 _PNG_LIMIT_BYTES = 500_000  # a larger picture goes into the page as JPEG
 _PICTURES = {
@@ -67,7 +68,7 @@ def write_report(run_folder: str | Path) -> Path:
 
 def _results(evaluations: Records) -> str:
     if not evaluations:
-        return section("Results", note="This run has not been evaluated yet, or has no held-out pairs.")
+        return section("Results", note="This run has not been evaluated yet, or has nothing to be evaluated on.")
     last = evaluations[-1]
     pairs, classes = last.get("pairs"), last.get("classes")
     rows: list[Sequence[str]] = []
@@ -81,9 +82,12 @@ def _results(evaluations: Records) -> str:
         ("zero_shot_mean_per_class", "Mean per class", 1 / classes if classes else None),
     ]
     rows += _result_group("Zero-shot classification", zero_shot, evaluations)
+    for task, found in by_task(last).items():
+        measures = [(f"{task}/{key}", label, chance_of(key, found)) for key, label in fractions(found)]
+        rows += _result_group(f"{task} ({sizes(found)})", measures, evaluations)
     if not rows:
         return section("Results", note="The evaluations of this run hold none of the known measures.")
-    note = "Held-out pairs, every patch kept."
+    note = "Every patch kept."
     if pairs:
         note = f"{int(pairs):,} held-out pairs" + (f" in {int(classes):,} classes" if classes else "")
         note += ", every patch kept. R@k: the right one is among the first k."

@@ -17,7 +17,7 @@ TITLES = [
     "Results",
     "Pictures",
     "Training",
-    "Held-out curves",
+    "Evaluation curves",
     "What happened",
     "Skipped samples",
     "How it was made",
@@ -167,7 +167,7 @@ def test_report_of_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", page) == TITLES
     for sentence in (
         "Nothing is recorded yet.",
-        "This run has not been evaluated yet, or has no held-out pairs.",
+        "This run has not been evaluated yet, or has nothing to be evaluated on.",
         "This run has written no pictures.",
         "fewer than two steps have been logged",
         "fewer than two evaluations",
