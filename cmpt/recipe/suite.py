@@ -151,8 +151,7 @@ def _label(entry: Any, index: int) -> str:
 def _known(section: dict[str, Any], prefix: str, names: Collection[str], report: Report) -> dict[str, Any]:
     """The section without the keys that it must not have, which are reported."""
     for name in [name for name in section if name not in names]:
-        near = nearest_key(prefix + name, [prefix + known for known in names])
-        report(prefix + name, section[name], "unknown key" + near)
+        report(prefix + name, section[name], "unknown key" + nearest_key(name, names))
     return {name: value for name, value in section.items() if name in names}
 
 
