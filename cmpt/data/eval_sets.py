@@ -78,6 +78,10 @@ class EvalImages:
         Part j holds images j * batch_size … (j + 1) * batch_size - 1, and rank r takes parts r, r + world_size, ...:
         what is computed together does not depend on the world size. Every rank yields the same number of batches; one
         without a part in the last round yields an empty batch.
+
+        RGB and grey images without EXIF have the pixels of open_clip's evaluation transform but for rounding: at most
+        1 of 255, 0.003 to 0.006 in the mean. Four differ on purpose: what is transparent is white, EXIF's orientation
+        is followed, palettes become colours before the size changes, and 16 bits of grey become 8 instead of white.
         """
         rounds = -(-len(self) // (world_size * batch_size))
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="cmpt-eval")
