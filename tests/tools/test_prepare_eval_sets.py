@@ -120,6 +120,15 @@ def test_attributes_change_places_between_two_pictures() -> None:
     assert negatives == {"1": "Red balloon", "2": "Two white dice"}
 
 
+def test_a_colour_is_not_replaced_by_one_that_it_may_be_taken_for() -> None:
+    pictures = [picture("1", "Blue pane"), picture("2", "Purple arrow"), picture("3", "Green folder")]
+    questions = make_questions(pictures)["replace_att"]
+    assert {asked.key: negative for asked, negative in questions if asked.key != "3"} == {
+        "1": "Green pane",
+        "2": "Green arrow",
+    }
+
+
 def test_the_same_bytes_on_every_run_and_a_second_run_changes_nothing(made, tmp_path, capsys) -> None:
     assert prepare_eval_sets.main(["--out", str(tmp_path / "again")]) == 0
     files, again = (
