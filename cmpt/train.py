@@ -29,7 +29,6 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 import torch
 
 from cmpt.batch import ImageTextBatch
-from cmpt.data.heldout import HeldoutSet
 from cmpt.data.loader import Loader, batch_digest, longest_wait_s
 from cmpt.data.places import Stall
 from cmpt.data.shards import Ranks, open_sources
@@ -52,8 +51,7 @@ from cmpt.engine.signals import StopSignals
 from cmpt.engine.step import StepResult, drop_step, find_gradient, take_step
 from cmpt.engine.store import Store
 from cmpt.engine.traffic import count_deepspeed
-from cmpt.evals.examples import query_examples
-from cmpt.evals.suite import HeldoutSuite
+from cmpt.evaluations import Evaluations
 from cmpt.masking.fixed import score_function
 from cmpt.masking.strategies import Masked, MaskStage
 from cmpt.models.clip import CLIP
@@ -69,7 +67,6 @@ from cmpt.recipe import RecipeError, check_recipe, load_recipe, phases, recipe_f
 from cmpt.recipe.schema import Recipe
 from cmpt.remedies import Remedies
 
-_MASKS_SHOWN = 12
 _QUIET_INDEXING_S = 5.0
 _SAME_ON_ALL_RANKS = (FormatError, RecipeError, TrainingDivergedError, WatchdogError)
 _USER_ERRORS = (*_SAME_ON_ALL_RANKS, CheckpointError, DataError, OutOfMemoryError)
@@ -128,7 +125,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
     recipe = with_vocabulary(recipe, tokenizer)
     loader = build_loader(recipe, tokenizer, rank, world_size, device)
-    suite = build_suite(recipe, tokenizer, rank, world_size, device)
+    evaluations = Evaluations(recipe, tokenizer, rank, world_size, device)
     plan = Plan(recipe, loader.samples_per_epoch)
     for planned in plan.phases:
         if planned.phase.masking.scores:
@@ -168,7 +165,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
     ):
         remedies = Remedies(recipe, state, trained, checkpoints, guard, monitor)
         checkpoints.before_publishing = monitor.sync
-        for fault in checkpoints.faults:
+        for fault in (*checkpoints.faults, *evaluations.left_out):
             monitor.event("warning", state.step, text=fault)
         backend = attention_backend(device.type, clip.compute_dtype)
         monitor.event("model", state.step, parameters=parameters, attention=backend, init_from=recipe.model.init_from)
@@ -234,10 +231,10 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                         remedies.unequal_weights(unequal)
                     if logs:
                         monitor.log(metrics(state, phase.name, lr, masked, result, guard, batch, loader, meters))
-                    if suite and plan.evaluates(state.step):
+                    if evaluations and plan.evaluates(state.step):
                         watch.at("evaluation", state.step, patient=True)
                         with meters.pause():
-                            evaluate(suite, trained, monitor, state.step, batch, masked)
+                            evaluations.run(trained, monitor, state.step, batch, masked)
                     if saves or ends:
                         watch.at("checkpoint", state.step, patient=True)
                         state.loader = LoaderState.merge(gather_objects(position)).to_json()
@@ -326,16 +323,6 @@ def build_loader(
     return loader
 
 
-def build_suite(
-    recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int, device: torch.device
-) -> HeldoutSuite | None:
-    """The evaluation on data.heldout, or None where the recipe names no held-out shards."""
-    if not recipe.data.heldout:
-        return None
-    heldout = HeldoutSet(recipe.data.heldout, recipe.data, recipe.image, Ranks(rank, world_size, gather_objects))
-    return HeldoutSuite(heldout, tokenizer, recipe, rank, world_size, device)
-
-
 def metrics(
     state: TrainState,
     phase: str,
@@ -370,29 +357,6 @@ def metrics(
         "batch_digest": batch_digest(digests),
         **meters.row(),
     }
-
-
-def evaluate(
-    suite: HeldoutSuite,
-    trained: Trained,
-    monitor: Monitor,
-    step: int,
-    batch: ImageTextBatch,
-    masked: Masked,
-) -> None:
-    """Held-out results and two pictures: masks of the batch in hand, and what the model finds for some captions."""
-    results, embeddings = suite.evaluate(trained.clip)
-    monitor.evaluation(step, results)
-    if trained.engine.global_rank == 0:
-        from cmpt.monitor.pictures import mask_grid, query_grid  # matplotlib is a fifth of the start's imports
-
-        shown = batch.valid_B.nonzero()[:_MASKS_SHOWN, 0]
-        images_NHWC = batch.images_BCHW[shown].permute(0, 2, 3, 1).cpu().numpy()
-        keep_NL = masked.keep_BL[shown].cpu().numpy()
-        patch_size = images_NHWC.shape[1] // masked.patches.grid[0]
-        monitor.picture("masks", mask_grid(images_NHWC, keep_NL, patch_size, f"What the model sees at step {step:,}"))
-        found = query_examples(embeddings, suite.heldout)
-        monitor.picture("queries", query_grid(found.queries, found.images_NKHWC, found.hits_NK, found.scores_NK))
 
 
 if __name__ == "__main__":

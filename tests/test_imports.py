@@ -12,10 +12,11 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-# train -> remedies -> engine, evals, monitor -> data | masking | losses | models -> ops | dist -> recipe, batch
+# train -> remedies | evaluations -> engine | evals | monitor -> data | masking | losses | models -> ops | dist
+# -> recipe, batch
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("train",),
-    ("remedies",),
+    ("remedies", "evaluations"),
     ("engine", "evals", "monitor"),
     ("data", "masking", "losses", "models"),
     ("ops", "dist"),

@@ -1,36 +1,55 @@
-"""Evaluate a model on held-out pairs: retrieval in both directions, and zero-shot classification by category.
+"""Evaluate a model: on held-out pairs, or on the tasks of a suite.
 
     python tools/evaluate.py MODEL [key=value ...] [--out results.json]
+    python tools/evaluate.py MODEL --suite recipes/eval/paper.yaml --data DIR [--tasks NAME ...] [--out results.json]
+    torchrun --nproc-per-node N tools/evaluate.py MODEL --suite ...          (N processes, the same results)
 
 MODEL is a run (runs/NAME: its newest sound checkpoint), one of its checkpoints, a folder that tools/export.py wrote, a
 local copy of an open_clip repository of the native ViT kind, or a bare .safetensors or .pt file of that kind. A bare
 file says neither its activation nor its heads, epsilon and pooling: what is assumed is printed, and model.* says
 otherwise (OpenAI's weights need model.quick_gelu=true).
 
-The pairs are data.heldout of the model's recipe; for a model without one, and to change them, say for example
+Without --suite: retrieval in both directions, and zero-shot classification by category, on data.heldout of the model's
+recipe. For a model without one, and to change them, say for example
     data.heldout='["/data/coco/{00000..00004}.tar"]' data.caption_extension=txt
 Without any, the embedded clip art is taken.
+
+With --suite: the tasks of that file whose sets lie below DIR; the others are named. Beside the table and the JSON a
+picture is drawn, results.png, with the published figures that the suite file knows.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cmpt.data.heldout import HeldoutSet
+from cmpt.data.shards import Ranks
 from cmpt.data.tokenizer import open_tokenizer
 from cmpt.data.validate import DataError
+from cmpt.dist import process_group
+from cmpt.dist.process_group import gather_objects
 from cmpt.engine.manifest import CheckpointError
-from cmpt.engine.opened import open_model
-from cmpt.evals.suite import HeldoutSuite
+from cmpt.engine.opened import OpenedModel, open_model
+from cmpt.engine.run_folder import environment
+from cmpt.evals.embed import Encoder
+from cmpt.evals.heldout import evaluate_heldout
+from cmpt.evals.tasks import open_tasks, run_task
+from cmpt.models.clip import CLIP
 from cmpt.models.open_clip_format import FormatError
 from cmpt.recipe import RecipeError
 from cmpt.recipe.schema import Data, Recipe
+from cmpt.recipe.suite import Suite, load_suite
+from suite_results import draw_results, print_results
 
 EMBEDDED = Data(
     heldout=["pkg:data/clipart/heldout-0000.tar"],
@@ -38,41 +57,128 @@ EMBEDDED = Data(
     caption_field="captions",
     category_field="category",
 )
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = parsed(arguments)
+    rank, world_size, device = 0, 1, torch.device(options.device)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched:
+        rank, world_size, device = process_group.start()
+    try:
+        suite = load_suite(options.suite) if options.suite else None
+        opened = open_model(options.model, options.overrides, options.ema)
+        opened.clip.compute_dtype = PRECISIONS[options.precision]
+        if suite is None:
+            told: dict[str, Any] = on_heldout(encoder_of(opened, rank, world_size, device), opened.recipe)
+        else:
+            told = on_suite(encoder_of(opened, rank, world_size, device), suite, options)
+    except (CheckpointError, DataError, FormatError, RecipeError, OSError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if launched:
+            process_group.stop()
+    if rank == 0:
+        report(opened, suite, told, options, world_size)
+    return 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the model's recipe")
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema_decay)")
+    parser.add_argument("--suite", metavar="FILE", help="evaluate the tasks of this suite file")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where the sets of the suite lie")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these tasks of the suite")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the towers (default: fp32)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of a single process")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-    try:
-        opened = open_model(options.model, options.overrides, options.ema)
-        recipe = opened.recipe
-        data = recipe.data if recipe.data.heldout else EMBEDDED
-        results = evaluate(opened.clip, recipe, data, torch.device(options.device))
-        if options.out:
-            told = {"model": str(opened.checkpoint or options.model), "heldout": data.heldout, "results": results}
-            options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    except (CheckpointError, DataError, FormatError, RecipeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_intermixed_args(arguments)
+    if (options.suite is None) != (options.data is None) or (options.tasks and not options.suite):
+        parser.error("--suite and --data go together, and --tasks with them")
+    return options
+
+
+def encoder_of(opened: OpenedModel, rank: int, world_size: int, device: torch.device) -> Encoder:
+    recipe = opened.recipe
+    patch_size, batch_size = recipe.model.patch_size, recipe.evaluation.batch_size
+    assert patch_size
+    tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
+    clip = opened.clip.to(device)
+    return Encoder(clip, tokenizer, recipe.image, patch_size, batch_size, rank, world_size, device)
+
+
+def on_heldout(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
+    """Results on the held-out pairs by name, as a run records them."""
+    data = recipe.data if recipe.data.heldout else EMBEDDED
+    heldout = HeldoutSet(data.heldout, data, recipe.image, Ranks(encoder.rank, encoder.world_size, gather_objects))
+    results, _ = evaluate_heldout(heldout, encoder, recipe.evaluation.prompts)
+    return {"heldout": data.heldout, "results": results}
+
+
+def on_suite(encoder: Encoder, suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
+    """Results by task, and the tasks that were left out with the reason; says on stderr how far it has come."""
+    if not options.data.is_dir():
+        raise DataError(f"--data {options.data}: no such folder")
+    tasks, left_out = open_tasks(suite, options.data, options.tasks)
+    if not tasks:
+        absent = "; ".join(left_out.values())
+        raise DataError(f"--data {options.data}: none of the sets of {options.suite} is there: {absent}")
+    results = {}
+    for number, opened in enumerate(tasks, 1):
+        began, name = time.perf_counter(), opened.task.name
+        results[name] = run_task(opened, encoder)
+        results[name]["seconds"] = time.perf_counter() - began
+        if encoder.rank == 0:
+            took = f"{results[name]['seconds']:.1f} s"
+            print(f"{number} of {len(tasks)}: {name} took {took}", file=sys.stderr, flush=True)
+    return {"results": results, "left_out": left_out}
+
+
+def report(
+    opened: OpenedModel, suite: Suite | None, told: dict[str, Any], options: argparse.Namespace, world_size: int
+) -> None:
+    """On the console; as JSON, with everything that is needed to have it again, and as a picture beside it."""
     for note in opened.notes:
         print(note)
-    print(f"{opened.checkpoint or options.model} on {', '.join(data.heldout)}\n")
-    for name, value in results.items():
-        print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
-    return 0
+    name = str(opened.checkpoint or options.model)
+    if suite is None:
+        print(f"{name} on {', '.join(told['heldout'])}\n")
+        for key, value in told["results"].items():
+            print(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
+    else:
+        print_results(name, suite, told["results"], told["left_out"])
+    if not options.out:
+        return
+    made = {
+        "model": name,
+        "weights_sha256": weights_sha256(opened.clip),
+        "overrides": options.overrides,
+        "ema": options.ema,
+        "precision": options.precision,
+        "suite": options.suite,
+        "data": str(options.data.resolve()) if options.data else None,
+        **told,
+        "environment": environment(world_size),
+    }
+    options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    if suite is not None:
+        picture = options.out.with_suffix(".png")
+        draw_results(picture, name, suite, told["results"])
+        print(f"written: {options.out} and {picture}")
 
 
-def evaluate(clip: torch.nn.Module, recipe: Recipe, data: Data, device: torch.device) -> dict[str, float]:
-    """Results by name, as a run records them; fp32."""
-    tokenizer = open_tokenizer(recipe.tokenizer, recipe.model.context_length)
-    suite = HeldoutSuite(HeldoutSet(data.heldout, data, recipe.image), tokenizer, recipe, 0, 1, device)
-    results, _ = suite.evaluate(clip.to(device))  # type: ignore[arg-type]
-    return results
+def weights_sha256(clip: CLIP) -> str:
+    """Of all parameters by name, as fp32 bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(clip.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

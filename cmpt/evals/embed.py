@@ -1,71 +1,107 @@
-"""Embeddings of a held-out set, computed on all ranks, unmasked, and gathered in the set's order."""
+"""A model as evaluations see it: images and texts in, one row each out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from cmpt.data.heldout import HeldoutSet
+from cmpt.data.eval_sets import EvalImages
 from cmpt.data.tokenizer import Tokenizer, pack_captions
+from cmpt.data.validate import DataError
 from cmpt.dist.process_group import gather_objects
 from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP
 from cmpt.recipe.schema import Image, Masking
 
 
-@dataclass(frozen=True)
-class HeldoutEmbeddings:
-    """N held-out pairs, in the order of the set: the same on every rank."""
+class Encoder:
+    """All ranks call it together; every rank gets every row, fp32 on the host, in the order of what was given.
 
-    image_NE: Tensor  # fp32 unit rows on the host
-    text_NE: Tensor  # of each pair's first caption
-    categories: list[str | None]
-    captions: list[str]
-    indices_N: Tensor  # int64, place in the set
-    broken: int  # samples that the decoder refused
+    Work is cut into parts that do not depend on the number of ranks, so neither does any bit of a row. Where ranks have
+    unequally many parts, those without one compute on a sample of no one's: at ZeRO stage 3 all take part in each pass.
+    Images keep all their patches.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        tokenizer: Tokenizer,
+        image: Image,
+        patch_size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.clip, self.tokenizer, self.image_size = clip, tokenizer, image.size
+        self.batch_size, self.rank, self.world_size, self.device = batch_size, rank, world_size, device
+        self._everything = MaskStage(Masking(strategy="none"), image, patch_size, seed=0)
+
+    def images(self, images: EvalImages, *, tower: bool = False) -> Tensor:
+        """Unit rows [N, E]; with `tower` what the tower gives to its projection [N, D], which linear probes take.
+
+        Raises DataError, on all ranks alike, where an image cannot be read: a set is evaluated whole or not at all.
+        """
+        rows, places, faults = [], [], []
+        for batch in images.batches(self.rank, self.world_size, self.batch_size, self.image_size):
+            faults += batch.faults
+            rows.append(self.pixels(batch.images_BCHW, tower=tower))
+            places.append(batch.indices_B)
+        parts = gather_objects((rows, places, faults))
+        every_fault = [fault for _, _, faults in parts for fault in faults]
+        if every_fault:
+            more = f" (and {len(every_fault) - 1} more)" if len(every_fault) > 1 else ""
+            raise DataError(every_fault[0] + more)
+        order = torch.cat([place for _, places, _ in parts for place in places]).argsort()
+        return torch.cat([row for rows, _, _ in parts for row in rows])[order]
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows [M, E]."""
+        rounds = -(-len(texts) // (self.world_size * self.batch_size))
+        rows = []
+        for part in range(self.rank, rounds * self.world_size, self.world_size):
+            rows.append(self.captions(texts[part * self.batch_size : (part + 1) * self.batch_size]))
+        parts = gather_objects(rows)
+        return torch.cat(
+            [parts[part % self.world_size][part // self.world_size] for part in range(rounds * len(parts))]
+        )
+
+    @torch.no_grad()
+    def pixels(self, images_BCHW: Tensor, *, tower: bool = False) -> Tensor:
+        """This rank's own uint8 images, none included: [B, E], or with `tower` [B, D]."""
+        size = len(images_BCHW)
+        shown = images_BCHW if size else images_BCHW.new_zeros(1, 3, self.image_size, self.image_size)
+        shown = shown.to(self.device)
+        masked = self._everything(shown, torch.arange(len(shown), device=self.device))
+        before: list[Tensor] = []
+        with _at_rest(self.clip):
+            hook = self.clip.visual.proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+            try:
+                image_BE = self.clip.encode_image(masked.patches, len(shown))
+            finally:
+                hook.remove()
+        if not tower:
+            return image_BE[:size].cpu()
+        order_B = masked.patches.order_B
+        return before[0].new_empty(before[0].shape).index_copy(0, order_B, before[0])[:size].float().cpu()
+
+    @torch.no_grad()
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        """This rank's own texts, none included: [M, E]."""
+        packed = pack_captions([self.tokenizer.encode(text) for text in texts or [""]])
+        with _at_rest(self.clip):
+            text_ME = self.clip.encode_text(packed.to(self.device), max(1, len(texts)))
+        return text_ME[: len(texts)].cpu()
 
 
-@torch.no_grad()
-def embed_heldout(
-    clip: CLIP,
-    heldout: HeldoutSet,
-    tokenizer: Tokenizer,
-    image: Image,
-    patch_size: int,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> HeldoutEmbeddings:
-    """Every pair once, split over the ranks; every rank calls it and gets all of it."""
-    everything = MaskStage(Masking(strategy="none"), image, patch_size, seed=0)
-    rows: list[tuple[Tensor, Tensor, list[str | None], list[str], Tensor, int]] = []
-    for batch in heldout.batches(rank, world_size, batch_size):
-        size = len(batch.captions)
-        masked = everything(batch.images_BCHW.to(device), batch.indices_B.to(device))
-        image_BE = clip.encode_image(masked.patches, size).cpu()
-        text_BE = embed_texts(clip, tokenizer, batch.captions, device)
-        rows.append((image_BE, text_BE, batch.categories, batch.captions, batch.indices_B, len(batch.rejections)))
-    gathered = [row for part in gather_objects(rows) for row in part]
-    order = torch.cat([row[4] for row in gathered]).argsort()
-    categories = [category for row in gathered for category in row[2]]
-    captions = [caption for row in gathered for caption in row[3]]
-    return HeldoutEmbeddings(
-        image_NE=torch.cat([row[0] for row in gathered])[order],
-        text_NE=torch.cat([row[1] for row in gathered])[order],
-        categories=[categories[i] for i in order.tolist()],
-        captions=[captions[i] for i in order.tolist()],
-        indices_N=torch.cat([row[4] for row in gathered])[order],
-        broken=sum(row[5] for row in gathered),
-    )
-
-
-@torch.no_grad()
-def embed_texts(clip: CLIP, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
-    """One fp32 unit row per text [N, E], on the host."""
-    packed = pack_captions([tokenizer.encode(text) for text in texts])
-    return clip.encode_text(packed.to(device), len(texts)).cpu()
+@contextmanager
+def _at_rest(clip: CLIP) -> Iterator[None]:
+    training = clip.training
+    clip.eval()
+    try:
+        yield
+    finally:
+        clip.train(training)

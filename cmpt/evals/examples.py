@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmpt.data.heldout import HeldoutSet
-from cmpt.evals.embed import HeldoutEmbeddings
+from cmpt.evals.heldout import HeldoutEmbeddings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from cmpt.recipe.durations import parse_duration
 from cmpt.recipe.paths import is_local, resolve_path
 from cmpt.recipe.phases import PHASE_KEYS, apply_phase
 from cmpt.recipe.schema import Recipe
-from cmpt.recipe.typed import fault_line, nearest_choice, plain
+from cmpt.recipe.suite import load_suite
+from cmpt.recipe.typed import RecipeError, fault_line, nearest_choice, plain
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -298,10 +299,24 @@ class _Checker:
         elif tokenizer.kind == "clip_bpe" and find_spec("open_clip") is None:
             constraint = "must name CLIP's bpe_simple_vocab_16e6.txt.gz; null needs open_clip_torch, not installed here"
             self.fault("tokenizer.path", None, constraint)
+        if evaluation.suite is not None:
+            self.suite(evaluation.suite, evaluation.tasks)
+        elif evaluation.tasks:
+            self.fault("evaluation.tasks", evaluation.tasks, "belongs to evaluation.suite, which is null")
         for prompt in evaluation.prompts:
             self.require(_is_template(prompt), "evaluation.prompts", prompt, "must hold {}, the place of the category")
         if data.category_field is not None:
             self.require(bool(evaluation.prompts), "evaluation.prompts", [], "must not be empty with a category_field")
+
+    def suite(self, path: str, chosen: list[str]) -> None:
+        try:
+            names = [task.name for task in load_suite(path).tasks]
+        except RecipeError as error:
+            for fault in error.faults:
+                self.fault("evaluation.suite", path, fault)
+            return
+        for name in chosen:
+            self.require(name in names, "evaluation.tasks", name, nearest_choice(name, names))
 
 
 def check_recipe(recipe: Recipe, world_size: int = 1, origins: Mapping[str, str] | None = None) -> list[str]:

@@ -347,11 +347,19 @@ class Guard:
 @dataclass
 class Evaluation:
     every: str | None = None
-    """How often the held-out pairs are evaluated during the run; at the end always; null: only at the end."""
+    """How often the held-out pairs and the suite are evaluated during the run; at the end always; null: only at the
+    end."""
     batch_size: int = 128
     """Samples per rank and forward pass."""
     prompts: list[str] = field(default_factory=lambda: ["a picture of {}", "{}"])
-    """Templates for zero-shot classification; the class embedding is the mean over them."""
+    """Templates for zero-shot classification of the held-out pairs; the class embedding is the mean over them."""
+    suite: str | None = None
+    """A suite file, e.g. "recipes/eval/paper.yaml": tasks of zero-shot classification, retrieval, linear probing and
+    composition; null: the held-out pairs alone."""
+    suite_folder: str = "."
+    """The folder in which the sets of the suite lie. A task whose set is not there is left out with a warning."""
+    tasks: list[str] = field(default_factory=list)
+    """The tasks of the suite to evaluate, whose sets must be there; empty: all whose sets are."""
 
 
 @dataclass
