@@ -93,6 +93,7 @@ def test_any_number_of_processes_gives_the_results_of_one_and_of_the_run(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_broken_image_ends_all_processes_with_its_name(run: Path, tmp_path: Path, run_cli: RunCli) -> None:
     samples = label_samples(5)

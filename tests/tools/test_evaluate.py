@@ -122,3 +122,12 @@ def test_a_folder_that_is_not_there_and_options_that_belong_together(
         with pytest.raises(SystemExit):
             evaluate.main([str(model), *wrong])
         assert "--suite" in capsys.readouterr().err
+
+
+def test_a_broken_image_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = label_samples(5)
+    samples[3]["jpg"] = samples[3]["jpg"][:200]
+    write_labelled(tmp_path / "labels", samples)
+    (tmp_path / "suite.yaml").write_text("tasks:\n  - {name: labels, kind: zero_shot, path: labels}\n")
+    assert evaluate.main([str(model), "--suite", str(tmp_path / "suite.yaml"), "--data", str(tmp_path)]) == 2
+    assert "test/0.tar/s0000003.jpg" in capsys.readouterr().err
