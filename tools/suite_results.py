@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,7 +63,7 @@ def print_results(model: str, suite: Suite, results: Results, left_out: Mapping[
     if not console.is_terminal:
         console = Console(width=_NARROWEST_TABLE)
     table = Table(title=model, box=box.SIMPLE, title_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     table.add_column("measure")
     table.add_column("this model", justify="right", style="bold")
     for name in suite.rows.values if suite.rows else ():
@@ -80,24 +81,29 @@ def print_results(model: str, suite: Suite, results: Results, left_out: Mapping[
 def draw_results(path: Path, model: str, suite: Suite, results: Results) -> None:
     """A PNG: a row for each result, a dot for this model and one for each published figure."""
     lines = lines_of(suite, results)
-    figure = Figure(figsize=(8.0, 1.3 + 0.34 * len(lines)), layout="constrained")
+    rows = list(suite.rows.values) if suite.rows else []
+    figure = Figure(figsize=(9.0, 1.3 + (0.5 if rows else 0.34) * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     places = range(len(lines))
-    for number, name in enumerate(suite.rows.values if suite.rows else ()):
-        known = [(line.published[name], place) for place, line in enumerate(lines) if line.published[name] is not None]
+    for number, name in enumerate(rows):
+        aside = 0.7 * ((number + 0.5) / len(rows) - 0.5)  # each model on a level of its own, so that none hides another
+        known = [(value, at + aside) for at, line in enumerate(lines) if (value := line.published[name]) is not None]
         if known:
             colour = _THEIRS[number % len(_THEIRS)]
             values, at = zip(*known, strict=True)
             axes.scatter(values, at, s=26, label=name, color=colour, alpha=0.8, linewidths=0)
     axes.scatter([line.ours for line in lines], places, s=64, marker="D", label="this model", color=_OURS, zorder=3)
-    axes.set_yticks(places, [f"{line.task}  {line.measure.lower()}".strip() for line in lines])
-    axes.invert_yaxis()
+    axes.set_yticks(places, [f"{line.task}  {line.measure}".strip() for line in lines])
     axes.set_xlim(0, 100)
-    axes.set_xlabel("per cent" + (f"; others: {suite.rows.source}" if suite.rows else ""))
-    axes.grid(axis="both", color="#e4e7ec")
+    source = f"per cent; others: {suite.rows.source}" if suite.rows else "per cent"
+    axes.set_xlabel("\n".join(wrap(source, 90)), fontsize=8)
+    axes.grid(axis="x", color="#e4e7ec")
+    for place in places[::2]:
+        axes.axhspan(place - 0.5, place + 0.5, color="#f5f6f8", zorder=0)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(model, loc="left", fontsize=10)
+    axes.set_title(model if len(model) <= 70 else f"…{model[-69:]}", loc="left", fontsize=10)
     figure.legend(loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
