@@ -6,52 +6,58 @@ k nearest, and the share of captions that have their image there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from cmpt.dist.process_group import gather_objects
+from cmpt.dist.process_group import sum_over_ranks
 from cmpt.evals.accuracy import share
 
 RECALL_AT = (1, 5, 10)
-_BLOCK_BYTES = 200e6  # of the scores that are in memory at a time
+TILE = (1024, 2048)
+"""Images and captions whose scores are in memory at a time: what fits into a processor's cache is counted quickly."""
 
 
-def image_to_text_ranks(image_NE: Tensor, text_ME: Tensor, image_M: Tensor, blocks: slice | None = None) -> Tensor:
-    """Rank, from 0, of each image's best caption among the captions of other images: int64 [N], by inner product.
+def match_ranks(
+    image_NE: Tensor, text_ME: Tensor, image_M: Tensor, rank: int = 0, world_size: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Ranks from 0, by inner product: of each image's best caption among the captions of other images [N], and of each
+    caption's image among all images [M].
 
-    `image_M`: the place of each caption's image, ascending. A tie counts against the match, so equal embeddings cannot
-    look good. `blocks` picks blocks of rows, all by default; memory does not grow with the product of N and M.
+    `image_M`: the place of each caption's image, ascending, every image at least once. A tie counts against the match,
+    so equal embeddings cannot look good. Every score is computed in one tile and used for both directions; the tiles
+    are the same for any number of ranks, which share the rows and all get all.
     """
-    count_N = torch.bincount(image_M, minlength=len(image_NE))
-    ends_N = count_N.cumsum(0)
+    images, captions = len(image_NE), len(text_ME)
+    end_N = torch.bincount(image_M, minlength=images).cumsum(0).tolist()
 
-    def ranks(start: int, end: int) -> Tensor:
-        score = image_NE[start:end] @ text_ME.T
-        first, last = int(ends_N[start] - count_N[start]), int(ends_N[end - 1])
-        foreign = image_M[first:last] != torch.arange(start, end)[:, None]
-        own = score[:, first:last].masked_fill(foreign, -torch.inf)
-        best = own.amax(dim=1, keepdim=True)
-        return (score >= best).sum(dim=1) - (own >= best).sum(dim=1)
+    # The scores of the matches, from the very tiles in which they are compared later: so they equal themselves.
+    own_M = torch.empty(captions)
+    for a, b in _parts(images, TILE[0]):
+        first, last = end_N[a - 1] if a else 0, end_N[b - 1]
+        for c, d in _parts(captions, TILE[1]):
+            if c < last and first < d:
+                at = torch.arange(max(c, first), min(d, last))
+                own_M[at] = (image_NE[a:b] @ text_ME[c:d].T)[image_M[at] - a, at - c]
+    best_N = torch.full((images,), -torch.inf).scatter_reduce(0, image_M, own_M, "amax")
 
-    return _in_blocks(ranks, len(image_NE), len(text_ME), blocks)
+    above_N, above_M = torch.zeros(images, dtype=torch.int64), torch.zeros(captions, dtype=torch.int64)
+    for a, b in list(_parts(images, TILE[0]))[rank::world_size]:
+        for c, d in _parts(captions, TILE[1]):
+            score = image_NE[a:b] @ text_ME[c:d].T
+            # Ones in fp32 are summed several times as fast as booleans, and exactly up to 2**24.
+            is_above = torch.empty_like(score)
+            above_N[a:b] += torch.ge(score, best_N[a:b, None], out=is_above).sum(dim=1).long()
+            above_M[c:d] += torch.ge(score, own_M[c:d], out=is_above).sum(dim=0).long()
+    above_N, above_M = sum_over_ranks(above_N), sum_over_ranks(above_M)
+    own_at_best_N = torch.bincount(image_M[own_M >= best_N[image_M]], minlength=images)
+    return above_N - own_at_best_N, above_M - 1
 
 
-def text_to_image_ranks(image_NE: Tensor, text_ME: Tensor, image_M: Tensor, blocks: slice | None = None) -> Tensor:
-    """Rank, from 0, of each caption's image among all images: int64 [M]; else as `image_to_text_ranks`."""
-
-    def ranks(start: int, end: int) -> Tensor:
-        score = text_ME[start:end] @ image_NE.T
-        return (score >= score.gather(1, image_M[start:end, None])).sum(dim=1) - 1
-
-    return _in_blocks(ranks, len(text_ME), len(image_NE), blocks)
-
-
-def _in_blocks(ranks: Callable[[int, int], Tensor], rows: int, columns: int, blocks: slice | None) -> Tensor:
-    size = max(1, int(_BLOCK_BYTES // (4 * columns)))
-    starts = range(0, rows, size)[blocks or slice(None)]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(ranks(start, min(start + size, rows)) for start in starts)])
+def _parts(count: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
 
 
 def recalls(
@@ -59,26 +65,22 @@ def recalls(
 ) -> dict[str, float]:
     """R@1/5/10 in both directions for N unit rows of images and M of captions, image after image.
 
-    `captions_of`: the number of captions of each image, at least 1. Blocks of rows are dealt to the ranks, which all
-    call it; the result does not depend on their number.
+    `captions_of`: the number of captions of each image, at least 1. All ranks call it and share the work.
     """
     image_M = torch.repeat_interleave(torch.tensor(captions_of))
-    results: dict[str, float] = {}
-    own = slice(rank, None, world_size)
-    for name, ranks_of in (("image_to_text", image_to_text_ranks), ("text_to_image", text_to_image_ranks)):
-        ranks = torch.cat(gather_objects(ranks_of(image_NE, text_ME, image_M, own)))
-        results |= {f"{name}_r{k}": share(ranks < k) for k in RECALL_AT}
+    results = _recalls(*match_ranks(image_NE, text_ME, image_M, rank, world_size))
     return results | {"images": len(image_NE), "texts": len(text_ME)}
 
 
 def retrieval_of_pairs(image_NE: Tensor, text_NE: Tensor) -> dict[str, float]:
     """R@1/5/10 and median rank (from 1) in both directions, for N unit rows of images and their captions."""
-    results: dict[str, float] = {}
-    own_N = torch.arange(len(image_NE))
-    for name, ranks_of in (("image_to_text", image_to_text_ranks), ("text_to_image", text_to_image_ranks)):
-        ranks = ranks_of(image_NE, text_NE, own_N)
-        results |= {f"{name}_r{k}": share(ranks < k) for k in RECALL_AT}
-        results[f"{name}_median_rank"] = ranks.double().quantile(0.5).item() + 1
-    results["pairs"] = len(image_NE)
-    results["chance_r10"] = min(1.0, 10 / len(image_NE))
-    return results
+    ranks = match_ranks(image_NE, text_NE, torch.arange(len(image_NE)))
+    results = _recalls(*ranks)
+    for name, rank_N in zip(("image_to_text", "text_to_image"), ranks, strict=True):
+        results[f"{name}_median_rank"] = rank_N.double().quantile(0.5).item() + 1
+    return results | {"pairs": len(image_NE), "chance_r10": min(1.0, 10 / len(image_NE))}
+
+
+def _recalls(image_to_text_N: Tensor, text_to_image_M: Tensor) -> dict[str, float]:
+    ways = {"image_to_text": image_to_text_N, "text_to_image": text_to_image_M}
+    return {f"{name}_r{k}": share(ranks < k) for name, ranks in ways.items() for k in RECALL_AT}

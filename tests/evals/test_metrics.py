@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cmpt.evals import retrieval as module
 from cmpt.evals.composition import composition
-from cmpt.evals.retrieval import image_to_text_ranks, recalls, retrieval_of_pairs, text_to_image_ranks
+from cmpt.evals.retrieval import match_ranks, recalls, retrieval_of_pairs
 from cmpt.evals.zero_shot import mean_of_prompts, zero_shot
 
 
@@ -20,8 +20,7 @@ def test_ranks_of_pairs_on_a_matrix_made_by_hand() -> None:
     # Row n: what image n scores for each text.
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.6], [0.3, 0.2, 0.1]])
     own = torch.arange(3)
-    assert image_to_text_ranks(scores, torch.eye(3), own).tolist() == [0, 2, 2]
-    assert text_to_image_ranks(scores, torch.eye(3), own).tolist() == [0, 0, 2]
+    assert [ranks.tolist() for ranks in match_ranks(scores, torch.eye(3), own)] == [[0, 2, 2], [0, 0, 2]]
 
 
 def test_with_several_captions_the_best_counts_and_its_siblings_do_not() -> None:
@@ -35,9 +34,9 @@ def test_with_several_captions_the_best_counts_and_its_siblings_do_not() -> None
     )
     captions_of = [3, 2, 1]
     image_M = torch.tensor([0, 0, 0, 1, 1, 2])
-    assert image_to_text_ranks(scores, torch.eye(6), image_M).tolist() == [0, 2, 2]
     # By column: image 0 for texts 0 to 2, image 1 for 3 and 4, image 2 for 5.
-    assert text_to_image_ranks(scores, torch.eye(6), image_M).tolist() == [2, 0, 0, 1, 0, 0]
+    ranks = match_ranks(scores, torch.eye(6), image_M)
+    assert [one.tolist() for one in ranks] == [[0, 2, 2], [2, 0, 0, 1, 0, 0]]
     found = recalls(scores, torch.eye(6), captions_of)
     assert found["image_to_text_r1"] == pytest.approx(1 / 3) and found["image_to_text_r5"] == 1.0
     assert found["text_to_image_r1"] == pytest.approx(4 / 6)
@@ -59,19 +58,38 @@ def test_images_whose_own_captions_tie_lose_nothing() -> None:
     assert recalls(torch.eye(2), texts, [2, 1])["image_to_text_r1"] == 1.0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_neither_blocks_nor_shares_of_them_change_ranks(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, text = unit(50, 8), unit(120, 8, seed=1)
-    counts = torch.arange(50) % 4 + 1
-    image_M = torch.repeat_interleave(counts)[:120]
-    text = text[: len(image_M)]
-    whole = [ranks(image[: image_M[-1] + 1], text, image_M) for ranks in (image_to_text_ranks, text_to_image_ranks)]
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 7 * len(text))
-    for ranks, expected in zip((image_to_text_ranks, text_to_image_ranks), whole, strict=True):
-        shares = [ranks(image[: image_M[-1] + 1], text, image_M, slice(r, None, world_size)) for r in range(world_size)]
-        assert torch.cat(shares).sort().values.equal(expected.sort().values)
-        if world_size == 1:
-            assert torch.equal(shares[0], expected)
+@pytest.mark.parametrize("tile", [(7, 5), (1, 1), (13, 1000)])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_ranks_are_those_of_the_whole_matrix(
+    tile: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any tiles and shared by any number of ranks; against the definition, in whole numbers with many ties."""
+    generator = torch.Generator().manual_seed(0)
+    image_M = torch.repeat_interleave(torch.arange(50) % 4 + 1)
+    image = torch.randint(-2, 3, (50, 6), generator=generator).float()
+    text = torch.randint(-2, 3, (len(image_M), 6), generator=generator).float()
+    score = image @ text.T
+    own = image_M == torch.arange(50)[:, None]
+    best = score.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+    expected = (
+        ((score >= best) & ~own).sum(dim=1),
+        ((score >= score[image_M, torch.arange(len(text))]) & ~own).sum(dim=0),
+    )
+
+    monkeypatch.setattr(module, "TILE", tile)
+    shares: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        found: list[torch.Tensor] = []
+        monkeypatch.setattr(module, "sum_over_ranks", lambda counts, found=found: found.append(counts) or counts)
+        ranks = match_ranks(image, text, image_M, rank, world_size)
+        shares.append(found)
+    if world_size == 1:
+        assert all(torch.equal(a, b) for a, b in zip(ranks, expected, strict=True))
+    together = [sum(parts) for parts in zip(*shares, strict=True)]
+    alone: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "sum_over_ranks", lambda counts: alone.append(counts) or counts)
+    match_ranks(image, text, image_M)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def test_perfect_retrieval_and_chance() -> None:
