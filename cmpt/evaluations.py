@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ class Evaluations:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int, device: torch.device) -> None:
         """Every rank calls it. Raises DataError where a set is not as it should be, or is not there and
-        evaluation.tasks names its task; FetchError where a held-out shard that was indexed cannot be had.
+        evaluation.tasks names its task, or none of the suite is; FetchError where a held-out shard that was indexed
+        cannot be had.
         """
         wanted, data, image = recipe.evaluation, recipe.data, recipe.image
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -45,29 +47,41 @@ class Evaluations:
         if wanted.suite:
             folder = Path(wanted.suite_folder).expanduser()
             self.tasks, absent = open_tasks(load_suite(wanted.suite), folder, wanted.tasks)
-            for name, why in absent.items():
-                if name in wanted.tasks:
-                    raise DataError(f"evaluation.tasks: {name}: {why}")
-                self.left_out.append(f"evaluation.suite: {name} is left out: {why}")
+            self.left_out = [f"evaluation.suite: {name} is left out: {why}" for name, why in absent.items()]
 
     def __bool__(self) -> bool:
         return self.heldout is not None or bool(self.tasks)
 
-    def run(self, trained: Trained, monitor: Monitor, step: int, batch: ImageTextBatch, masked: Masked) -> None:
+    def run(
+        self,
+        trained: Trained,
+        monitor: Monitor,
+        step: int,
+        batch: ImageTextBatch,
+        masked: Masked,
+        beat: Callable[[], None],
+    ) -> None:
         """Evaluates and reports; every rank calls it. The result `seconds` is how long training has stood still for it.
 
-        With two pictures: masks of the batch in hand, and what the model finds for some held-out captions.
+        `beat` is called on every rank as it gets on. A task that cannot be evaluated, because an image cannot be read,
+        is a warning: training goes on. With two pictures: masks of the batch in hand, and what the model finds for
+        some held-out captions.
         """
         began = time.perf_counter()
         results: dict[str, float] = {}
         encoder = self._encoder(trained)
+        encoder.beat = beat
         if self.heldout is not None:
             results, embeddings = evaluate_heldout(self.heldout, encoder, self.recipe.evaluation.prompts)
         for opened in self.tasks:
-            task_began = time.perf_counter()
-            found = run_task(opened, encoder)
-            results |= {f"{opened.task.name}/{key}": value for key, value in found.items()}
-            results[f"{opened.task.name}/seconds"] = time.perf_counter() - task_began
+            task_began, name = time.perf_counter(), opened.task.name
+            try:
+                found = run_task(opened, encoder)
+            except DataError as error:
+                monitor.event("warning", step, text=f"evaluation.suite: {name}: {error}")
+                continue
+            found["seconds"] = time.perf_counter() - task_began
+            results |= {f"{name}/{key}": value for key, value in found.items()}
         if self.rank == 0:
             from cmpt.monitor.pictures import mask_grid, query_grid  # matplotlib is a fifth of the start's imports
 

@@ -233,8 +233,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                         monitor.log(metrics(state, phase.name, lr, masked, result, guard, batch, loader, meters))
                     if evaluations and plan.evaluates(state.step):
                         watch.at("evaluation", state.step, patient=True)
+                        gets_on = partial(watch.at, "evaluation", state.step, patient=True)
                         with meters.pause():
-                            evaluations.run(trained, monitor, state.step, batch, masked)
+                            evaluations.run(trained, monitor, state.step, batch, masked, gets_on)
                     if saves or ends:
                         watch.at("checkpoint", state.step, patient=True)
                         state.loader = LoaderState.merge(gather_objects(position)).to_json()

@@ -14,8 +14,8 @@ recipe. For a model without one, and to change them, say for example
     data.heldout='["/data/coco/{00000..00004}.tar"]' data.caption_extension=txt
 Without any, the embedded clip art is taken.
 
-With --suite: the tasks of that file whose sets lie below DIR; the others are named. Beside the table and the JSON a
-picture is drawn, results.png, with the published figures that the suite file knows.
+With --suite: the tasks of that file whose sets lie below DIR; the others are named. So are tasks that fail, and then
+the status is 2. Beside the JSON a picture is drawn, results.png, with the published figures that the suite file knows.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from cmpt.models.open_clip_format import FormatError
 from cmpt.recipe import RecipeError
 from cmpt.recipe.schema import Data, Recipe
 from cmpt.recipe.suite import Suite, load_suite
+from cmpt.recipe.typed import plain
 from suite_results import draw_results, print_results
 
 EMBEDDED = Data(
@@ -57,6 +58,7 @@ EMBEDDED = Data(
     caption_field="captions",
     category_field="category",
 )
+_LET_THE_FIRST_RANK_SPEAK_S = 2.0
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,15 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             told = on_suite(encoder_of(opened, rank, world_size, device), suite, options)
     except (CheckpointError, DataError, FormatError, RecipeError, OSError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if rank:  # the first rank speaks first where all have the same to say; the launcher then ends the others
+            time.sleep(_LET_THE_FIRST_RANK_SPEAK_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         if launched:
             process_group.stop()
     if rank == 0:
         report(opened, suite, told, options, world_size)
-    return 0
+    return 2 if told.get("failed") else 0
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -100,6 +103,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if (options.suite is None) != (options.data is None) or (options.tasks and not options.suite):
         parser.error("--suite and --data go together, and --tasks with them")
+    if options.out and (options.out.suffix == ".png" or not options.out.parent.is_dir()):
+        parser.error(f"--out {options.out}: expected a JSON file in a folder that is there")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: there is no CUDA device")
     return options
 
 
@@ -121,52 +128,55 @@ def on_heldout(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
 
 
 def on_suite(encoder: Encoder, suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
-    """Results by task, and the tasks that were left out with the reason; says on stderr how far it has come."""
-    if not options.data.is_dir():
-        raise DataError(f"--data {options.data}: no such folder")
-    tasks, left_out = open_tasks(suite, options.data, options.tasks)
-    if not tasks:
-        absent = "; ".join(left_out.values())
-        raise DataError(f"--data {options.data}: none of the sets of {options.suite} is there: {absent}")
-    results = {}
+    """Results by task, those that failed and those that were left out with the reason; says on stderr how far it is."""
+    tasks, left_out = open_tasks(suite, options.data.expanduser(), options.tasks)
+    results, failed = {}, {}
     for number, opened in enumerate(tasks, 1):
         began, name = time.perf_counter(), opened.task.name
-        results[name] = run_task(opened, encoder)
-        results[name]["seconds"] = time.perf_counter() - began
+        try:
+            found = run_task(opened, encoder)
+        except DataError as error:  # the others' results are not lost for it
+            failed[name] = str(error)
+            said = f"error: {name}: {error}"
+        else:
+            results[name] = {**found, "seconds": time.perf_counter() - began}
+            said = f"{name} took {results[name]['seconds']:.1f} s"
         if encoder.rank == 0:
-            took = f"{results[name]['seconds']:.1f} s"
-            print(f"{number} of {len(tasks)}: {name} took {took}", file=sys.stderr, flush=True)
-    return {"results": results, "left_out": left_out}
+            print(f"{number} of {len(tasks)}: {said}", file=sys.stderr, flush=True)
+    return {"results": results, "failed": failed, "left_out": left_out}
 
 
 def report(
     opened: OpenedModel, suite: Suite | None, told: dict[str, Any], options: argparse.Namespace, world_size: int
 ) -> None:
-    """On the console; as JSON, with everything that is needed to have it again, and as a picture beside it."""
+    """As JSON, with everything that is needed to have it again, on the console, and as a picture beside the JSON."""
+    name, recipe = str(opened.checkpoint or options.model), opened.recipe
+    if options.out:
+        made = {
+            "model": name,
+            "weights_sha256": weights_sha256(opened.clip),
+            "notes": opened.notes,
+            "recipe": plain({key: getattr(recipe, key) for key in ("model", "image", "tokenizer", "evaluation")}),
+            "overrides": options.overrides,
+            "ema": options.ema,
+            "precision": options.precision,
+            "device": options.device,
+            "suite_file": options.suite,
+            "suite": plain(suite),
+            "data": str(options.data.resolve()) if options.data else None,
+            **told,
+            "environment": environment(world_size),
+        }
+        options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     for note in opened.notes:
         print(note)
-    name = str(opened.checkpoint or options.model)
     if suite is None:
         print(f"{name} on {', '.join(told['heldout'])}\n")
         for key, value in told["results"].items():
             print(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
-    else:
-        print_results(name, suite, told["results"], told["left_out"])
-    if not options.out:
         return
-    made = {
-        "model": name,
-        "weights_sha256": weights_sha256(opened.clip),
-        "overrides": options.overrides,
-        "ema": options.ema,
-        "precision": options.precision,
-        "suite": options.suite,
-        "data": str(options.data.resolve()) if options.data else None,
-        **told,
-        "environment": environment(world_size),
-    }
-    options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    if suite is not None:
+    print_results(name, suite, told["results"], {**told["left_out"], **told["failed"]})
+    if options.out:
         picture = options.out.with_suffix(".png")
         draw_results(picture, name, suite, told["results"])
         print(f"written: {options.out} and {picture}")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cmpt.monitor.tasks import MEASURES
 from cmpt.recipe.suite import Suite
@@ -62,18 +63,18 @@ def print_results(model: str, suite: Suite, results: Results, left_out: Mapping[
     console = Console()
     if not console.is_terminal:
         console = Console(width=_NARROWEST_TABLE)
-    table = Table(title=model, box=box.SIMPLE, title_justify="left")
+    table = Table(title=Text(model), box=box.SIMPLE, title_justify="left")
     table.add_column("task", no_wrap=True)
     table.add_column("measure")
     table.add_column("this model", justify="right", style="bold")
     for name in suite.rows.values if suite.rows else ():
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for line in lines_of(suite, results):
         published = ["" if value is None else f"{value:.1f}" for value in line.published.values()]
-        table.add_row(line.task, line.measure, f"{line.ours:.2f}", *published)
+        table.add_row(line.task, Text(line.measure), f"{line.ours:.2f}", *published)
     console.print(table)
     if suite.rows:
-        console.print(f"Per cent; the other columns: {suite.rows.source}", highlight=False)
+        console.print(f"Per cent; the other columns: {suite.rows.source}", highlight=False, markup=False)
     for name, why in left_out.items():
         console.print(f"left out: {name}: {why}", highlight=False, markup=False)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 
 class EvalSetMissingError(DataError):
-    """The folder of a set is not there at all."""
+    """The folder of a set, of its split or of its images is not there at all."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class LabelledSet:
     label_N: list[int]  # places in `classnames`
     classnames: list[str]
     templates: list[str]  # prompts that hold {c} where the class name goes; may be empty for a linear probe
+    class_folders: list[str] = field(default_factory=list)  # of an image folder, in the order of the labels
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def open_labelled(task: Task, folder: Path, split: str | None = None) -> Labelle
 
     Class folders are numbered in the order of their names, as torchvision's ImageFolder does; where there is a
     classnames.txt its lines name them in that order, else they name themselves. So two splits of an image folder agree
-    in their labels only if their `classnames` are equal.
+    in their labels only if their `class_folders` are equal.
     Raises DataError, EvalSetMissingError.
     """
     place = _split_folder(folder, task.split if split is None else split)
@@ -166,7 +167,7 @@ def open_labelled(task: Task, folder: Path, split: str | None = None) -> Labelle
             raise DataError(f"{folder / CLASSNAMES}: has {len(classnames)} names for {len(classes)} folders in {place}")
         paths = [path for files in classes.values() for path in files]
         labels = [label for label, files in enumerate(classes.values()) for _ in files]
-        return LabelledSet(EvalImages(FileImages(paths)), labels, classnames, templates)
+        return LabelledSet(EvalImages(FileImages(paths)), labels, classnames, templates, list(classes))
     _check_type(folder, "classification")
     classnames = read_lines(folder / CLASSNAMES)
     shards = open_split(place)
@@ -200,10 +201,12 @@ def open_choices(task: Task, folder: Path) -> ChoiceSet:
         raise DataError(f"{folder}: holds no JSON files of questions")
     image_folder = folder / task.images
     if not image_folder.is_dir():
-        raise DataError(f"{image_folder}: the folder of images is missing")
+        raise EvalSetMissingError(f"{image_folder}: the folder of images is missing")
     place_of: dict[str, int] = {}
     questions = []
     for file in files:
+        if file.stem in _RESULTS:
+            raise DataError(f"{file}: a category cannot be called {file.stem}, a result has this name")
         entries = read_json(file)
         if not entries:
             raise DataError(f"{file}: holds no questions")
@@ -221,6 +224,7 @@ def open_choices(task: Task, folder: Path) -> ChoiceSet:
 
 
 _QUESTION = ("filename", "caption", "negative_caption")
+_RESULTS = ("accuracy", "samples", "seconds")
 
 
 def _field(entry: object, name: str, key: str, file: Path) -> str:
@@ -238,7 +242,7 @@ def _check_there(folder: Path) -> None:
 def _split_folder(folder: Path, split: str) -> Path:
     _check_there(folder)
     if not (folder / split).is_dir():
-        raise DataError(f"{folder / split}: is missing, the set has no split {split!r}")
+        raise EvalSetMissingError(f"{folder / split}: is missing, the set has no split {split!r}")
     return folder / split
 
 
@@ -287,8 +291,7 @@ def _labels(shard: Shard, classnames: list[str], path: Path) -> Iterator[int]:
 
 def _captions(shard: Shard) -> Iterator[list[str]]:
     for sample, text in zip(shard.samples(), read_members(shard, "txt"), strict=True):
-        captions = [line.strip() for line in text.splitlines()]
-        if not captions or "" in captions:
-            place = f", line {captions.index('') + 1}" if captions else ""
-            raise DataError(f"{shard.path}/{sample.key}.txt: an empty caption{place}")
+        captions = [line.strip() for line in text.splitlines() if line.strip()]
+        if not captions:
+            raise DataError(f"{shard.path}/{sample.key}.txt: holds no caption")
         yield captions

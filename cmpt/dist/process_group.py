@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cmpt.dist import traffic
+
+
+T = TypeVar("T")
+_BEAT_S = 30.0
 
 
 def start(timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
@@ -67,6 +73,29 @@ def broadcast_object(value: Any) -> Any:
     dist.broadcast_object_list(holder, src=0, group=_host_group())
     traffic.add("control", traffic.ring_bytes(len(pickle.dumps(holder[0])), dist.get_world_size()))
     return holder[0]
+
+
+def on_first_rank(work: Callable[[], T], beat: Callable[[], None]) -> T:
+    """What `work` of rank 0 returns, on every rank, however long it takes: longer than a collective may wait, too.
+
+    Every rank calls `beat` about twice a minute meanwhile. What `work` raises is raised on every rank.
+    """
+    if _world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work) if dist.get_rank() == 0 else None
+        while True:
+            outcome: tuple[T | None, BaseException | None] | None = None
+            if future is not None and wait([future], timeout=_BEAT_S).done:
+                fault = future.exception()
+                outcome = (None if fault else future.result(), fault)
+            outcome = broadcast_object(outcome)
+            beat()
+            if outcome is not None:
+                result, fault = outcome
+                if fault is not None:
+                    raise fault
+                return result  # type: ignore[return-value]
 
 
 def barrier() -> None:

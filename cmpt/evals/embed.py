@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,10 +20,13 @@ from cmpt.recipe.schema import Image, Masking
 class Encoder:
     """All ranks call it together; every rank gets every row, fp32 on the host, in the order of what was given.
 
-    Work is cut into parts that do not depend on the number of ranks, so neither does any bit of a row. Where ranks have
-    unequally many parts, those without one compute on a sample of no one's: at ZeRO stage 3 all take part in each pass.
-    Images keep all their patches.
+    Work is cut into parts that do not depend on the number of ranks, so neither does any bit of a row (with as many
+    threads to a rank). Where ranks have unequally many parts, those without one compute on a sample of no one's: at
+    ZeRO stage 3 all take part in each pass. Images keep all their patches.
     """
+
+    beat: Callable[[], None] = staticmethod(lambda: None)
+    """Called by every rank after each part: a sign of life for whoever watches."""
 
     def __init__(
         self,
@@ -41,33 +44,35 @@ class Encoder:
         self._everything = MaskStage(Masking(strategy="none"), image, patch_size, seed=0)
 
     def images(self, images: EvalImages, *, tower: bool = False) -> Tensor:
-        """Unit rows [N, E]; with `tower` what the tower gives to its projection [N, D], which linear probes take.
+        """Unit rows [N, E]; with `tower`, on rank 0 alone, what the tower gives to its projection [N, D].
 
         Raises DataError, on all ranks alike, where an image cannot be read: a set is evaluated whole or not at all.
         """
-        rows, places, faults = [], [], []
+        out = torch.empty(0)
         for batch in images.batches(self.rank, self.world_size, self.batch_size, self.image_size):
-            faults += batch.faults
-            rows.append(self.pixels(batch.images_BCHW, tower=tower))
-            places.append(batch.indices_B)
-        parts = gather_objects((rows, places, faults))
-        every_fault = [fault for _, _, faults in parts for fault in faults]
-        if every_fault:
-            more = f" (and {len(every_fault) - 1} more)" if len(every_fault) > 1 else ""
-            raise DataError(every_fault[0] + more)
-        order = torch.cat([place for _, places, _ in parts for place in places]).argsort()
-        return torch.cat([row for rows, _, _ in parts for row in rows])[order]
+            own = (batch.indices_B, self.pixels(batch.images_BCHW, tower=tower), batch.faults)
+            views = gather_objects(own)
+            faults = [fault for _, _, faults in views for fault in faults]
+            if faults:
+                raise DataError(faults[0])
+            if tower and self.rank:
+                continue
+            out = out if len(out) else torch.empty(len(images), own[1].shape[1])
+            for indices_B, rows, _ in views:
+                out[indices_B] = rows
+            self.beat()
+        return finite(out)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit rows [M, E]."""
-        rounds = -(-len(texts) // (self.world_size * self.batch_size))
-        rows = []
-        for part in range(self.rank, rounds * self.world_size, self.world_size):
-            rows.append(self.captions(texts[part * self.batch_size : (part + 1) * self.batch_size]))
-        parts = gather_objects(rows)
-        return torch.cat(
-            [parts[part % self.world_size][part // self.world_size] for part in range(rounds * len(parts))]
-        )
+        out, step = torch.empty(0), self.world_size * self.batch_size
+        for start in range(0, len(texts), step):
+            first = start + self.rank * self.batch_size
+            views = gather_objects(self.captions(texts[first : first + self.batch_size]))
+            out = out if len(out) else torch.empty(len(texts), views[0].shape[1])
+            out[start : start + step] = torch.cat(views)
+            self.beat()
+        return finite(out)
 
     @torch.no_grad()
     def pixels(self, images_BCHW: Tensor, *, tower: bool = False) -> Tensor:
@@ -95,6 +100,13 @@ class Encoder:
         with _at_rest(self.clip):
             text_ME = self.clip.encode_text(packed.to(self.device), max(1, len(texts)))
         return text_ME[: len(texts)].cpu()
+
+
+def finite(rows: Tensor) -> Tensor:
+    """The rows. Raises DataError where one is not finite: comparisons with NaN would count as right or as wrong."""
+    if not rows.isfinite().all():
+        raise DataError("the model's embeddings are not finite (NaN or infinity)")
+    return rows
 
 
 @contextmanager

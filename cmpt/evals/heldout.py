@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmpt.data.heldout import HeldoutSet
 from cmpt.dist.process_group import gather_objects
-from cmpt.evals.embed import Encoder
+from cmpt.evals.embed import Encoder, finite
 from cmpt.evals.retrieval import retrieval_of_pairs
 from cmpt.evals.zero_shot import class_embeddings, zero_shot
 
@@ -24,26 +24,24 @@ class HeldoutEmbeddings:
     categories: list[str | None]
     captions: list[str]
     indices_N: Tensor  # int64, place in the set
-    broken: int  # samples that the decoder refused
 
 
 def embed_heldout(heldout: HeldoutSet, encoder: Encoder) -> HeldoutEmbeddings:
     """Every pair once, split over the ranks; every rank calls it and gets all of it."""
-    rows: list[tuple[Tensor, Tensor, list[str | None], list[str], Tensor, int]] = []
+    rows: list[tuple[Tensor, Tensor, list[str | None], list[str], Tensor]] = []
     for batch in heldout.batches(encoder.rank, encoder.world_size, encoder.batch_size):
         image_BE, text_BE = encoder.pixels(batch.images_BCHW), encoder.captions(batch.captions)
-        rows.append((image_BE, text_BE, batch.categories, batch.captions, batch.indices_B, len(batch.rejections)))
+        rows.append((image_BE, text_BE, batch.categories, batch.captions, batch.indices_B))
     gathered = [row for part in gather_objects(rows) for row in part]
     order = torch.cat([row[4] for row in gathered]).argsort()
     categories = [category for row in gathered for category in row[2]]
     captions = [caption for row in gathered for caption in row[3]]
     return HeldoutEmbeddings(
-        image_NE=torch.cat([row[0] for row in gathered])[order],
-        text_NE=torch.cat([row[1] for row in gathered])[order],
+        image_NE=finite(torch.cat([row[0] for row in gathered])[order]),
+        text_NE=finite(torch.cat([row[1] for row in gathered])[order]),
         categories=[categories[i] for i in order.tolist()],
         captions=[captions[i] for i in order.tolist()],
         indices_N=torch.cat([row[4] for row in gathered])[order],
-        broken=sum(row[5] for row in gathered),
     )
 
 

@@ -41,8 +41,11 @@ def split_by_class(label_N: Tensor) -> tuple[Tensor, Tensor]:
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
-def best_step(score: Callable[[int], float]) -> int:
-    """The step of the grid, 0 … 96, where `score` is largest: a coarse grid, then ever finer around its best."""
+def best_step(score: Callable[[int], float]) -> tuple[int, float]:
+    """The step of the grid, 0 … 96, where `score` is largest, and its score: a coarse grid, then finer around its best.
+
+    Among equals the weakest regularisation.
+    """
     scores: dict[int, float] = {}
     candidates, distance = list(range(0, STEPS + 1, FIRST_DISTANCE)), FIRST_DISTANCE
     while True:
@@ -51,7 +54,7 @@ def best_step(score: Callable[[int], float]) -> int:
                 scores[step] = score(step)
         best = max(sorted(scores), key=lambda step: scores[step])
         if distance == 1:
-            return best
+            return best, scores[best]
         distance //= 2
         candidates = [step for step in (best - distance, best + distance) if 0 <= step <= STEPS]
 
@@ -64,24 +67,21 @@ def strength(step: int) -> float:
 def linear_probe(train: Features, test: Features, validation: Features | None = None) -> dict[str, float]:
     """Accuracy on `test` of a regression on `train` and `validation` together, whose L2 was chosen between them.
 
+    Raises ValueError where a train split has a single class, or none with two samples to choose the L2 on.
     Without `validation` a tenth of `train` is held back. `l2` is the strength as scikit-learn has it, 1 / C: of half
     the squared weights against the *sum* of the losses. `converged` is 0 where the last fit was cut off.
     """
     began = time.perf_counter()
     if validation is None:
-        kept, held = split_by_class(train.label_N)
+        together, (kept, held) = train, split_by_class(train.label_N)
         if not len(held):
-            kept = held = torch.arange(len(train.label_N))
+            raise ValueError("the train split has no class with two samples, of which one could choose the L2")
         train, validation = (Features(train.feature_ND[rows], train.label_N[rows]) for rows in (kept, held))
+    else:
+        parts = (train, validation)
+        together = Features(torch.cat([part.feature_ND for part in parts]), torch.cat([part.label_N for part in parts]))
     chosen_on, fitted_on = _arrays(validation), _arrays(train)
-
-    def on_validation(step: int) -> float:
-        return float(_fit(*fitted_on, strength(step))[0].score(*chosen_on))
-
-    step = best_step(on_validation)
-    together = Features(
-        torch.cat([train.feature_ND, validation.feature_ND]), torch.cat([train.label_N, validation.label_N])
-    )
+    step, accuracy = best_step(lambda step: _fit(*fitted_on, strength(step))[0].score(*chosen_on))
     model, converged = _fit(*_arrays(together), strength(step))
     features, labels = _arrays(test)
     right_N = torch.from_numpy(model.predict(features) == labels)
@@ -89,7 +89,7 @@ def linear_probe(train: Features, test: Features, validation: Features | None = 
         "top1": share(right_N),
         "mean_per_class": mean_per_class(right_N, test.label_N),
         "l2": strength(step),
-        "validation_top1": on_validation(step),
+        "validation_top1": float(accuracy),
         "train_samples": len(together.label_N),
         "samples": len(test.label_N),
         "converged": float(converged),
@@ -97,11 +97,11 @@ def linear_probe(train: Features, test: Features, validation: Features | None = 
     }
 
 
-def _arrays(features: Features) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    return features.feature_ND.double().numpy(), features.label_N.numpy()
+def _arrays(features: Features) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    return features.feature_ND.numpy(), features.label_N.numpy()
 
 
-def _fit(features: NDArray[np.float64], labels: NDArray[np.int64], l2: float) -> tuple[Any, bool]:
+def _fit(features: NDArray[np.float32], labels: NDArray[np.int64], l2: float) -> tuple[Any, bool]:
     """A scikit-learn model, and whether it came to its end."""
     from sklearn.exceptions import ConvergenceWarning  # an import of seconds, which only a probe needs
     from sklearn.linear_model import LogisticRegression

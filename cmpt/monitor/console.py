@@ -220,8 +220,7 @@ def describe_results(results: Mapping[str, float]) -> str:
     chance = f" (chance R@10 {percent(results['chance_r10'])})" if "chance_r10" in results else ""
     said = [f"held-out{pairs}: {', '.join(parts)}{chance}"] if parts else []
     for task, found in by_task(results).items():
-        measure, label = next(fractions(found))
-        said.append(f"{task}: {label.lower()} {percent(found[measure])}")
+        said += [f"{task}: {label.lower()} {percent(found[measure])}" for measure, label in [*fractions(found)][:1]]
     return "; ".join(said) or "no results"
 
 

@@ -64,8 +64,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory, run_cli: RunCli, open_clip
     return {name: root / name for name in ("trained", "initialised")}
 
 
+def recalls_of_several(image_NE: torch.Tensor, model: Any, tokenizer: Any, several: CaptionedSet) -> dict[str, float]:
+    """R@k by its definition over the whole matrix of scores and the whole matrix of what belongs together."""
+    texts = [caption for captions in several.captions for caption in captions]
+    text_ME = torch.cat([model.encode_text(part, normalize=True) for part in tokenizer(texts).split(64)])
+    belongs_NM = torch.zeros(len(image_NE), len(texts), dtype=torch.bool)
+    owner_M = [n for n, captions in enumerate(several.captions) for _ in captions]
+    belongs_NM[owner_M, range(len(texts))] = True
+    score_NM = image_NE @ text_ME.T
+    found = {}
+    for way, score, belongs in (
+        ("image_to_text", score_NM, belongs_NM),
+        ("text_to_image", score_NM.T, belongs_NM.T),
+    ):
+        for k in (1, 5, 10):
+            nearest = score.topk(k, dim=1).indices
+            found[f"several/{way}_r{k}"] = float(belongs.gather(1, nearest).any(dim=1).double().mean())
+    return found
+
+
 @torch.no_grad()
-def theirs(folder: Path, labelled: LabelledSet, captions: list[str], open_clip: ModuleType) -> dict[str, float]:
+def theirs(
+    folder: Path, labelled: LabelledSet, several: CaptionedSet, captions: list[str], open_clip: ModuleType
+) -> dict[str, float]:
     from open_clip_train.train import get_clip_metrics
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -81,6 +102,7 @@ def theirs(folder: Path, labelled: LabelledSet, captions: list[str], open_clip: 
     # open_clip_train's own counting of these fails with numpy 2.4, which no longer makes a float of an array of one.
     right = (100.0 * image_NE @ classifier).topk(5).indices == torch.tensor(labelled.label_N)[:, None]
     found: dict[str, Any] = {"top1": float(right[:, 0].double().mean()), "top5": float(right.double().sum(1).mean())}
+    found |= recalls_of_several(image_NE, model, tokenizer, several)
     metrics = get_clip_metrics(image_NE, text_NE, model.logit_scale.exp())
     for way in ("image_to_text", "text_to_image"):
         found |= {f"{way}_r{k}": float(metrics[f"{way}_R@{k}"]) for k in (1, 5, 10)}
@@ -101,6 +123,9 @@ def test_accuracy_and_recall_are_those_of_open_clips_own_code(
     first = replace(several, captions=[captions[:1] for captions in several.captions])
     ours = run_task(opened_tasks["clipart"], encoder)
     ours |= run_task(replace(opened_tasks["clipart_captions"], test=first), encoder)
-    expected = theirs(folders[name], labelled, [captions[0] for captions in first.captions], open_clip)
+    ours |= {f"several/{key}": value for key, value in run_task(opened_tasks["clipart_captions"], encoder).items()}
+    firsts = [captions[0] for captions in first.captions]
+    expected = theirs(folders[name], labelled, several, firsts, open_clip)
+    assert len(expected) == 2 + 6 + 6
     assert {key: ours[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     assert ours["image_to_text_r10"] > 0.03 or name == "initialised"  # chance is 0.02

@@ -23,12 +23,12 @@ def test_the_search_finds_the_peak_with_few_fits(peak: int) -> None:
         asked.append(step)
         return -abs(step - peak)
 
-    assert best_step(score) == peak
+    assert best_step(score) == (peak, 0.0)
     assert len(asked) == len(set(asked)) <= 7 + 2 * 4
 
 
 def test_among_equals_the_weakest_is_taken() -> None:
-    assert best_step(lambda step: 1.0 if step >= 40 else 0.0) == 40
+    assert best_step(lambda step: 1.0 if step >= 40 else 0.0) == (40, 1.0)
 
 
 def test_the_grid_is_that_of_the_paper() -> None:
@@ -69,3 +69,9 @@ def test_a_class_of_the_test_split_that_was_never_trained_is_wrong_and_counts() 
     train, test = clouds(60, 2, 0.1, seed=1), clouds(30, 3, 0.1, seed=2)
     found = linear_probe(train, test)
     assert found["top1"] == found["mean_per_class"] == pytest.approx(2 / 3)
+
+
+def test_a_strength_cannot_be_chosen_on_nothing() -> None:
+    few = clouds(3, 3, 0.1, seed=1)
+    with pytest.raises(ValueError, match="no class with two samples"):
+        linear_probe(few, few)

@@ -164,6 +164,8 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("evaluation.every", "often", 'evaluation.every = "often": expected a number and a unit, such as "2000 steps"; '
      'units are "epochs", "steps" or "samples"'),
     ("evaluation.batch_size", 0, "evaluation.batch_size = 0: must be >= 1"),
+    ("evaluation.suite", "gone.yaml", 'evaluation.suite = "gone.yaml": gone.yaml: there is no such suite file'),
+    ("evaluation.tasks", ["x"], 'evaluation.tasks = ["x"]: belongs to evaluation.suite, which is null'),
     ("evaluation.prompts", ["a dog"], 'evaluation.prompts = "a dog": must hold {}, the place of the category'),
 ]  # fmt: skip
 
@@ -219,6 +221,14 @@ def test_wildcards_and_schemes_that_lead_nowhere_are_refused(recipe: Recipe) -> 
     first, second = check_recipe(recipe)
     assert first == 'data.train.0.urls = "no/*.tar": matches no file; give your own: data.train.0.urls=[...]'
     assert second.startswith('data.train.1.urls = "ftp://h/x.tar": must be a path or one of http:, https:, s3:')
+
+
+def test_tasks_must_be_of_the_suite(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("tasks: [{name: digits, kind: zero_shot, path: x}]")
+    recipe.evaluation.suite, recipe.evaluation.tasks = str(tmp_path / "s.yaml"), ["digits"]
+    assert not check_recipe(recipe)
+    recipe.evaluation.tasks = ["digit"]
+    assert check_recipe(recipe) == ['evaluation.tasks = "digit": expected one of digits; did you mean digits?']
 
 
 @pytest.mark.parametrize("prompt", ["a picture", "a {x} of {}", "{} {", "{0} and {1}"])

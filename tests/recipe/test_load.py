@@ -207,7 +207,8 @@ FREE = {"run.name", "run.folder", "run.overwrite", "run.log_every", "run.checkpo
         "engine.micro_batch_size", "loss.chunk_rows", "run.keep_checkpoints_hours", "run.copy_checkpoints_to",
         "engine.offload_optimizer", "engine.overlap_communication", "engine.bucket_elements",
         *(f"guard.{field.name}" for field in fields(Guard)),
-        "evaluation.every", "evaluation.batch_size", "evaluation.prompts", "phases.0.name"}  # fmt: skip
+        "evaluation.every", "evaluation.batch_size", "evaluation.prompts", "evaluation.suite",
+        "evaluation.suite_folder", "evaluation.tasks", "phases.0.name"}  # fmt: skip
 
 
 def full_recipe() -> Recipe:

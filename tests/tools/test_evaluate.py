@@ -5,10 +5,14 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from data.making_eval_sets import label_samples, write_captioned, write_labelled
 
 import evaluate
+from cmpt.data.validate import DataError
+from cmpt.evals import tasks
 from cmpt.models.clip import CLIP
+from cmpt.models.open_clip_format import to_open_clip
 from cmpt.recipe.schema import Model, Text, Vision
 from cmpt.recipe.suite import Suite, load_suite
 from suite_results import lines_of
@@ -39,10 +43,6 @@ def suite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bare file of weights of the native kind."""
-    import torch
-
-    from cmpt.models.open_clip_format import to_open_clip
-
     tower = {"width": 64, "layers": 1, "heads": 1}
     small = Model(patch_size=8, embed_dim=16, vision=Vision(**tower), text=Text(**tower), vocab_size=49408)
     file = tmp_path_factory.mktemp("model") / "weights.pt"
@@ -86,7 +86,11 @@ def test_console_json_and_picture(
     assert set(told["results"]) == {"labels", "captions", "more"} and set(told["left_out"]) == {"gone"}
     assert told["results"]["labels"]["samples"] == 7 and told["results"]["captions"]["texts"] == 3
     assert len(told["weights_sha256"]) == 64 and told["environment"]["revision"]
-    assert told["suite"] == str(suite_file) and told["data"] == str(suite_file.parent)
+    assert (
+        told["suite_file"] == str(suite_file)
+        and len(told["suite"]["tasks"]) == 4
+        and told["data"] == str(suite_file.parent)
+    )
     with PIL.Image.open(tmp_path / "results.png") as picture:
         assert min(picture.size) > 200
 
@@ -101,7 +105,7 @@ def test_console_json_and_picture(
     ("more", "said"),
     [
         (["--tasks", "labls"], "no task labls: expected one of labels, captions, more, gone; did you mean labels?"),
-        (["--tasks", "gone"], "none of the sets"),
+        (["--tasks", "labels", "gone"], "task gone: "),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(
@@ -117,7 +121,7 @@ def test_a_folder_that_is_not_there_and_options_that_belong_together(
     suite_file: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([str(model), "--suite", str(suite_file), "--data", "/nowhere"]) == 2
-    assert "error: --data /nowhere: no such folder" in capsys.readouterr().err
+    assert "error: /nowhere: the folder of the evaluation sets is missing" in capsys.readouterr().err
     for wrong in (["--suite", str(suite_file)], ["--data", "x"], ["--tasks", "labels"]):
         with pytest.raises(SystemExit):
             evaluate.main([str(model), *wrong])
@@ -130,4 +134,50 @@ def test_a_broken_image_is_named(model: Path, tmp_path: Path, capsys: pytest.Cap
     write_labelled(tmp_path / "labels", samples)
     (tmp_path / "suite.yaml").write_text("tasks:\n  - {name: labels, kind: zero_shot, path: labels}\n")
     assert evaluate.main([str(model), "--suite", str(tmp_path / "suite.yaml"), "--data", str(tmp_path)]) == 2
-    assert "test/0.tar/s0000003.jpg" in capsys.readouterr().err
+    assert "error: labels: test/0.tar/s0000003.jpg: " in capsys.readouterr().err
+
+
+def test_what_has_failed_loses_no_other_result(
+    model: Path, suite_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_fails(opened: tasks.OpenedTask, encoder: object) -> dict[str, float]:
+        if opened.task.name == "captions":
+            raise DataError("captions/0.tar/7.jpg: is broken")
+        return {"top1": 0.5, "mean_per_class": 0.25}
+
+    monkeypatch.setattr(evaluate, "run_task", one_fails)
+    command = [str(model), "--suite", str(suite_file), "--data", str(suite_file.parent)]
+    assert evaluate.main([*command, "--out", str(tmp_path / "r.json")]) == 2
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert list(told["results"]) == ["labels", "more"] and list(told["failed"]) == ["captions"]
+    assert "left out: captions: captions/0.tar/7.jpg: is broken" in capsys.readouterr().out
+
+
+def test_a_model_whose_embeddings_are_no_numbers_is_not_a_perfect_one(
+    suite_file: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = torch.load(model, weights_only=True)
+    weights["visual.proj"][0, 0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pt")
+    command = [str(tmp_path / "nan.pt"), "--suite", str(suite_file), "--data", str(suite_file.parent)]
+    assert evaluate.main(command) == 2
+    assert capsys.readouterr().err.count("embeddings are not finite") == 3
+
+
+@pytest.mark.parametrize("out", ["gone/r.json", "r.png"])
+def test_a_place_for_the_results_is_checked_before_the_work(
+    out: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([str(model), "--out", str(tmp_path / out)])
+    assert "expected a JSON file in a folder that is there" in capsys.readouterr().err
+
+
+def test_hosts_that_see_other_sets_are_told_on_every_rank(suite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ("a", ["labels"], None)
+    monkeypatch.setattr(tasks, "gather_objects", lambda own: [own, here])
+    with pytest.raises(DataError, match="task captions is there on host .*, but not on a"):
+        tasks.open_tasks(load_suite(suite_file), suite_file.parent)
+    monkeypatch.setattr(tasks, "gather_objects", lambda own: [own, ("a", own[1], "a fault there")])
+    with pytest.raises(DataError, match="a fault there"):
+        tasks.open_tasks(load_suite(suite_file), suite_file.parent)
