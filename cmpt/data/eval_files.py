@@ -135,6 +135,8 @@ def open_split(folder: Path) -> list[Shard]:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         if index.fault:
             raise DataError(f"{path}: {index.fault.detail}")
+        if len(index.repeated_R):
+            raise DataError(f"{path}: two samples are called {index.sample(int(index.repeated_R[0])).key}")
         shards.append(Shard(path, index))
     if (folder / _SIZES).exists():
         sizes = read_json(folder / _SIZES)

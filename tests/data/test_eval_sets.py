@@ -333,3 +333,11 @@ def test_a_class_folder_without_images_is_told(tmp_path: Path) -> None:
     (folder / "test/cow").mkdir()
     with pytest.raises(DataError, match="test/cow: holds no images"):
         open_labelled(FOLDERS, folder)
+
+
+def test_two_samples_of_one_name_are_told(tmp_path: Path) -> None:
+    folder = write_labelled(tmp_path / "set", label_samples(2))
+    members = {"jpg": jpeg(0), "cls": b"0"}
+    write_tar(folder / "test/0.tar", [("k1", members), ("k2", members), ("k1", members)])
+    with pytest.raises(DataError, match="test/0.tar: two samples are called k1$"):
+        open_labelled(ZERO_SHOT, folder)

@@ -10,7 +10,7 @@ from data.making_eval_sets import label_samples, write_captioned, write_labelled
 
 import evaluate
 from cmpt.data.validate import DataError
-from cmpt.evals import tasks
+from cmpt.evals.tasks import OpenedTask
 from cmpt.models.clip import CLIP
 from cmpt.models.open_clip_format import to_open_clip
 from cmpt.recipe.schema import Model, Text, Vision
@@ -140,7 +140,7 @@ def test_a_broken_image_is_named(model: Path, tmp_path: Path, capsys: pytest.Cap
 def test_what_has_failed_loses_no_other_result(
     model: Path, suite_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_fails(opened: tasks.OpenedTask, encoder: object) -> dict[str, float]:
+    def one_fails(opened: OpenedTask, encoder: object) -> dict[str, float]:
         if opened.task.name == "captions":
             raise DataError("captions/0.tar/7.jpg: is broken")
         return {"top1": 0.5, "mean_per_class": 0.25}
@@ -171,13 +171,3 @@ def test_a_place_for_the_results_is_checked_before_the_work(
     with pytest.raises(SystemExit):
         evaluate.main([str(model), "--out", str(tmp_path / out)])
     assert "expected a JSON file in a folder that is there" in capsys.readouterr().err
-
-
-def test_hosts_that_see_other_sets_are_told_on_every_rank(suite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = ("a", ["labels"], None)
-    monkeypatch.setattr(tasks, "gather_objects", lambda own: [own, here])
-    with pytest.raises(DataError, match="task captions is there on host .*, but not on a"):
-        tasks.open_tasks(load_suite(suite_file), suite_file.parent)
-    monkeypatch.setattr(tasks, "gather_objects", lambda own: [own, ("a", own[1], "a fault there")])
-    with pytest.raises(DataError, match="a fault there"):
-        tasks.open_tasks(load_suite(suite_file), suite_file.parent)
