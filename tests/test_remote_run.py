@@ -13,19 +13,10 @@ import pytest
 from conftest import REPOSITORY, RunCli
 from data.flaky_server import Fault, FlakyServer
 from data.making import jpeg, write_tar
+from data.test_remote import sizes
 from test_train import TRAIN, overrides, rows, trajectory
 
 SHARDS, SAMPLES = 16, 12
-
-
-def bytes_in(folder: Path) -> int:
-    total = 0
-    for path in folder.glob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 @pytest.mark.slow
@@ -62,7 +53,7 @@ def test_a_run_over_a_failing_server_is_the_run_from_local_files(tmp_path: Path,
 
     def watch() -> None:
         while not done.wait(0.001):
-            most[0] = max(most[0], bytes_in(cache / "shards"))
+            most[0] = max(most[0], sizes(cache / "shards"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
