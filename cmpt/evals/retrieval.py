@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cmpt.dist.process_group import sum_over_ranks
@@ -39,13 +40,13 @@ def match_ranks(
         for c, d in _parts(captions, TILE[1]):
             if c < last and first < d:
                 at = torch.arange(max(c, first), min(d, last))
-                own_M[at] = (image_NE[a:b] @ text_ME[c:d].T)[image_M[at] - a, at - c]
+                own_M[at] = _scores(image_NE[a:b], text_ME[c:d])[image_M[at] - a, at - c]
     best_N = torch.full((images,), -torch.inf).scatter_reduce(0, image_M, own_M, "amax")
 
     above_N, above_M = torch.zeros(images, dtype=torch.int64), torch.zeros(captions, dtype=torch.int64)
     for a, b in list(_parts(images, TILE[0]))[rank::world_size]:
         for c, d in _parts(captions, TILE[1]):
-            score = image_NE[a:b] @ text_ME[c:d].T
+            score = _scores(image_NE[a:b], text_ME[c:d])
             # Ones in fp32 are summed several times as fast as booleans, and exactly up to 2**24.
             is_above = torch.empty_like(score)
             above_N[a:b] += torch.ge(score, best_N[a:b, None], out=is_above).sum(dim=1).long()
@@ -53,6 +54,16 @@ def match_ranks(
     above_N, above_M = sum_over_ranks(above_N), sum_over_ranks(above_M)
     own_at_best_N = torch.bincount(image_M[own_M >= best_N[image_M]], minlength=images)
     return above_N - own_at_best_N, above_M - 1
+
+
+def _scores(image_BE: Tensor, text_BE: Tensor) -> Tensor:
+    """The inner products of a tile. One smaller than TILE is filled up first: the last bit of a matrix product depends
+    on its shape, and at ragged edges on the place, which would tell equal embeddings apart."""
+    images, captions = len(image_BE), len(text_BE)
+    if (images, captions) != TILE:
+        image_BE = F.pad(image_BE, (0, 0, 0, TILE[0] - images))
+        text_BE = F.pad(text_BE, (0, 0, 0, TILE[1] - captions))
+    return (image_BE @ text_BE.T)[:images, :captions]
 
 
 def _parts(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmpt.evals.accuracy import mean_per_class, share
 from cmpt.evals.embed import Encoder
+from cmpt.evals.scores import on_grid
 
 _MOST_PROMPTS = 16_384  # whose embeddings are in memory at a time
 _BLOCK_ROWS = 1024
@@ -40,10 +41,10 @@ def zero_shot(image_NE: Tensor, class_CE: Tensor, labels: Sequence[int]) -> dict
     A tie counts against the model: the true class must be nearer than any other. Classes without images have no part
     in the mean.
     """
-    label_N = torch.tensor(labels)
+    label_N, class_CE = torch.tensor(labels), on_grid(class_CE)
     ranks = []
     for start in range(0, len(image_NE), _BLOCK_ROWS):
-        score = image_NE[start : start + _BLOCK_ROWS] @ class_CE.T
+        score = on_grid(image_NE[start : start + _BLOCK_ROWS]) @ class_CE.T
         own = score.gather(1, label_N[start : start + _BLOCK_ROWS, None])
         ranks.append((score >= own).sum(dim=1) - 1)
     rank_N = torch.cat(ranks)
