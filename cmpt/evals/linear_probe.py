@@ -102,11 +102,15 @@ def _arrays(features: Features) -> tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def _fit(features: NDArray[np.float32], labels: NDArray[np.int64], l2: float) -> tuple[Any, bool]:
-    """A scikit-learn model, and whether it came to its end."""
+    """A scikit-learn model, and whether it came to its end; other warnings of the fit are given on."""
     from sklearn.exceptions import ConvergenceWarning  # an import of seconds, which only a probe needs
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model = LogisticRegression(C=1 / l2, max_iter=MOST_ITERATIONS).fit(features, labels)
-    return model, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    cut_off = [warning for warning in caught if issubclass(warning.category, ConvergenceWarning)]
+    for other in caught:
+        if other not in cut_off:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    return model, not cut_off

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -75,3 +77,17 @@ def test_a_strength_cannot_be_chosen_on_nothing() -> None:
     few = clouds(3, 3, 0.1, seed=1)
     with pytest.raises(ValueError, match="no class with two samples"):
         linear_probe(few, few)
+
+
+def test_other_warnings_of_a_fit_are_given_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    fit = LogisticRegression.fit
+
+    def warns(self: LogisticRegression, *arguments: object) -> LogisticRegression:
+        warnings.warn("something else", RuntimeWarning, stacklevel=2)
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", warns)
+    with pytest.warns(RuntimeWarning, match="something else"):
+        assert linear_probe(clouds(60, 3, 0.1, seed=1), clouds(30, 3, 0.1, seed=2))["converged"] == 1.0
