@@ -220,7 +220,8 @@ def describe_results(results: Mapping[str, float]) -> str:
     chance = f" (chance R@10 {percent(results['chance_r10'])})" if "chance_r10" in results else ""
     said = [f"held-out{pairs}: {', '.join(parts)}{chance}"] if parts else []
     for task, found in by_task(results).items():
-        said += [f"{task}: {label.lower()} {percent(found[measure])}" for measure, label in [*fractions(found)][:1]]
+        best = [(label[0].lower() + label[1:], found[measure]) for measure, label in fractions(found)][:1]
+        said += [f"{task}: {label} {percent(value)}" for label, value in best]
     return "; ".join(said) or "no results"
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmpt.monitor.page import plot_figure, section
-from cmpt.monitor.plots import COLOURS, Curve, Plot, draw
+from cmpt.monitor.plots import Curve, Plot, draw
 from cmpt.monitor.tasks import by_task, fractions, sizes
 
 Records = Sequence[Mapping[str, Any]]
 
+_MOST_CURVES = 3  # of a task: so many labels fit above a plot
 DIRECTIONS = (("image_to_text", "Image to text"), ("text_to_image", "Text to image"))
 
 
@@ -93,7 +94,7 @@ def heldout_curves(evaluations: Records) -> str:
     if plot.has_values():
         drawn.append(plot_figure(draw(plot), "Zero-shot classification", "Accuracy on the held-out pairs by step."))
     for task, found in by_task(evaluations[-1] if evaluations else {}).items():
-        shown = list(fractions(found))[: len(COLOURS)]
+        shown = [pair for pair in fractions(found) if pair[0].endswith("_r1")] or [*fractions(found)][:_MOST_CURVES]
         curves = [Curve(label, steps, [row.get(f"{task}/{key}") for row in evaluations]) for key, label in shown]
         plot = Plot(f"task-{task}", curves, percent=True, from_zero=True)
         if plot.has_values():
