@@ -73,7 +73,7 @@ def measured_here(options: argparse.Namespace) -> dict[str, float]:
             for image_BE in image_NE.split(retrieval.TILE[0]):
                 torch.mm(image_BE, text_BE.T, out=memory[: len(image_BE), : len(text_BE)])
     else:
-        retrieval.recalls(image_NE, text_ME, [options.texts // options.images] * options.images)
+        retrieval.recalls(image_NE, text_ME, [options.texts // options.images] * options.images, 0, 1)
     seconds = time.perf_counter() - began
     # Not getrusage: its peak begins with that of the process that started this one.
     (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)

@@ -54,7 +54,7 @@ def evaluate_heldout(
     """
     began = time.perf_counter()
     embeddings = embed_heldout(heldout, encoder)
-    results = retrieval_of_pairs(embeddings.image_NE, embeddings.text_NE)
+    results = retrieval_of_pairs(embeddings.image_NE, embeddings.text_NE, encoder.rank, encoder.world_size)
     labelled = [(i, category) for i, category in enumerate(embeddings.categories) if category is not None]
     names = sorted({category for _, category in labelled})
     if len(names) > 1:

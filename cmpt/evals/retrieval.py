@@ -21,7 +21,7 @@ TILE = (1024, 2048)
 
 
 def match_ranks(
-    image_NE: Tensor, text_ME: Tensor, image_M: Tensor, rank: int = 0, world_size: int = 1
+    image_NE: Tensor, text_ME: Tensor, image_M: Tensor, rank: int, world_size: int
 ) -> tuple[Tensor, Tensor]:
     """Ranks from 0, by inner product: of each image's best caption among the captions of other images [N], and of each
     caption's image among all images [M].
@@ -72,7 +72,7 @@ def _parts(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def recalls(
-    image_NE: Tensor, text_ME: Tensor, captions_of: Sequence[int], rank: int = 0, world_size: int = 1
+    image_NE: Tensor, text_ME: Tensor, captions_of: Sequence[int], rank: int, world_size: int
 ) -> dict[str, float]:
     """R@1/5/10 in both directions for N unit rows of images and M of captions, image after image.
 
@@ -83,9 +83,12 @@ def recalls(
     return results | {"images": len(image_NE), "texts": len(text_ME)}
 
 
-def retrieval_of_pairs(image_NE: Tensor, text_NE: Tensor) -> dict[str, float]:
-    """R@1/5/10 and median rank (from 1) in both directions, for N unit rows of images and their captions."""
-    ranks = match_ranks(image_NE, text_NE, torch.arange(len(image_NE)))
+def retrieval_of_pairs(image_NE: Tensor, text_NE: Tensor, rank: int, world_size: int) -> dict[str, float]:
+    """R@1/5/10 and median rank (from 1) in both directions, for N unit rows of images and their captions.
+
+    All ranks call it and share the work.
+    """
+    ranks = match_ranks(image_NE, text_NE, torch.arange(len(image_NE)), rank, world_size)
     results = _recalls(*ranks)
     for name, rank_N in zip(("image_to_text", "text_to_image"), ranks, strict=True):
         results[f"{name}_median_rank"] = rank_N.double().quantile(0.5).item() + 1

@@ -20,7 +20,7 @@ def test_ranks_of_pairs_on_a_matrix_made_by_hand() -> None:
     # Row n: what image n scores for each text.
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.6], [0.3, 0.2, 0.1]])
     own = torch.arange(3)
-    assert [ranks.tolist() for ranks in match_ranks(scores, torch.eye(3), own)] == [[0, 2, 2], [0, 0, 2]]
+    assert [ranks.tolist() for ranks in match_ranks(scores, torch.eye(3), own, 0, 1)] == [[0, 2, 2], [0, 0, 2]]
 
 
 def test_with_several_captions_the_best_counts_and_its_siblings_do_not() -> None:
@@ -35,9 +35,9 @@ def test_with_several_captions_the_best_counts_and_its_siblings_do_not() -> None
     captions_of = [3, 2, 1]
     image_M = torch.tensor([0, 0, 0, 1, 1, 2])
     # By column: image 0 for texts 0 to 2, image 1 for 3 and 4, image 2 for 5.
-    ranks = match_ranks(scores, torch.eye(6), image_M)
+    ranks = match_ranks(scores, torch.eye(6), image_M, 0, 1)
     assert [one.tolist() for one in ranks] == [[0, 2, 2], [2, 0, 0, 1, 0, 0]]
-    found = recalls(scores, torch.eye(6), captions_of)
+    found = recalls(scores, torch.eye(6), captions_of, 0, 1)
     assert found["image_to_text_r1"] == pytest.approx(1 / 3) and found["image_to_text_r5"] == 1.0
     assert found["text_to_image_r1"] == pytest.approx(4 / 6)
     assert (found["images"], found["texts"]) == (3, 6)
@@ -45,17 +45,17 @@ def test_with_several_captions_the_best_counts_and_its_siblings_do_not() -> None
 
 def test_a_tie_counts_against_the_match() -> None:
     same = F.normalize(torch.ones(4, 8), dim=1)
-    results = retrieval_of_pairs(same, same)
+    results = retrieval_of_pairs(same, same, 0, 1)
     assert results["image_to_text_r1"] == 0.0
     assert results["image_to_text_median_rank"] == 4.0
-    several = recalls(same, F.normalize(torch.ones(12, 8), dim=1), [3, 3, 3, 3])
+    several = recalls(same, F.normalize(torch.ones(12, 8), dim=1), [3, 3, 3, 3], 0, 1)
     assert several["image_to_text_r5"] == several["text_to_image_r1"] == 0.0
     assert several["image_to_text_r10"] == several["text_to_image_r5"] == 1.0  # nine foreign captions, three images
 
 
 def test_images_whose_own_captions_tie_lose_nothing() -> None:
     texts = torch.eye(2)[[0, 0, 1]]
-    assert recalls(torch.eye(2), texts, [2, 1])["image_to_text_r1"] == 1.0
+    assert recalls(torch.eye(2), texts, [2, 1], 0, 1)["image_to_text_r1"] == 1.0
 
 
 @pytest.mark.parametrize("tile", [(7, 5), (1, 1), (13, 1000)])
@@ -88,13 +88,13 @@ def test_ranks_are_those_of_the_whole_matrix(
     together = [sum(parts) for parts in zip(*shares, strict=True)]
     alone: list[torch.Tensor] = []
     monkeypatch.setattr(module, "sum_over_ranks", lambda counts: alone.append(counts) or counts)
-    match_ranks(image, text, image_M)
+    match_ranks(image, text, image_M, 0, 1)
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def test_perfect_retrieval_and_chance() -> None:
     image = unit(40, 16)
-    results = retrieval_of_pairs(image, image)
+    results = retrieval_of_pairs(image, image, 0, 1)
     assert results["image_to_text_r1"] == results["text_to_image_r10"] == 1.0
     assert results["chance_r10"] == 0.25 and results["pairs"] == 40
 
@@ -135,7 +135,7 @@ def test_composition_is_a_mean_over_categories_and_equal_scores_are_wrong() -> N
 @pytest.mark.parametrize("count", [1, 2])
 def test_tiny_sets_do_not_break_it(count: int) -> None:
     image = unit(count, 4)
-    assert retrieval_of_pairs(image, image)["chance_r10"] == 1.0
-    assert recalls(image, image, [1] * count)["image_to_text_r1"] == 1.0
+    assert retrieval_of_pairs(image, image, 0, 1)["chance_r10"] == 1.0
+    assert recalls(image, image, [1] * count, 0, 1)["image_to_text_r1"] == 1.0
     assert zero_shot(image, image, list(range(count)))["mean_per_class"] == 1.0
     assert composition(image, image, -image, ["x"] * count)["accuracy"] == 1.0

@@ -52,5 +52,5 @@ def test_equal_classes_are_never_told_apart() -> None:
 def test_equal_captions_and_equal_images_are_never_told_apart(images: int) -> None:
     one, owner_M = unit(1, 512, seed=5), torch.repeat_interleave(torch.arange(images), 5)
     same_NE, same_ME = one.expand(images, 512).contiguous(), one.expand(5 * images, 512).contiguous()
-    assert set(match_ranks(unit(images, 512), same_ME, owner_M)[0].tolist()) == {5 * images - 5}
-    assert set(match_ranks(same_NE, unit(5 * images, 512), owner_M)[1].tolist()) == {images - 1}
+    assert set(match_ranks(unit(images, 512), same_ME, owner_M, 0, 1)[0].tolist()) == {5 * images - 5}
+    assert set(match_ranks(same_NE, unit(5 * images, 512), owner_M, 0, 1)[1].tolist()) == {images - 1}
