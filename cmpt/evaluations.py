@@ -63,16 +63,20 @@ class Evaluations:
     ) -> None:
         """Evaluates and reports; every rank calls it. The result `seconds` is how long training has stood still for it.
 
-        `beat` is called on every rank as it gets on. A task that cannot be evaluated, because an image cannot be read,
-        is a warning: training goes on. With two pictures: masks of the batch in hand, and what the model finds for
-        some held-out captions.
+        `beat` is called on every rank as it gets on. What cannot be evaluated, because an image cannot be read or an
+        embedding is not finite, is a warning: training goes on. With two pictures: masks of the batch in hand, and what
+        the model finds for some held-out captions.
         """
         began = time.perf_counter()
         results: dict[str, float] = {}
         encoder = self._encoder(trained)
         encoder.beat = beat
+        embeddings = None
         if self.heldout is not None:
-            results, embeddings = evaluate_heldout(self.heldout, encoder, self.recipe.evaluation.prompts)
+            try:
+                results, embeddings = evaluate_heldout(self.heldout, encoder, self.recipe.evaluation.prompts)
+            except DataError as error:
+                monitor.event("warning", step, text=f"data.heldout: {error}")
         for opened in self.tasks:
             task_began, name = time.perf_counter(), opened.task.name
             try:
@@ -92,7 +96,7 @@ class Evaluations:
             monitor.picture(
                 "masks", mask_grid(images_NHWC, keep_NL, patch_size, f"What the model sees at step {step:,}")
             )
-            if self.heldout is not None:
+            if self.heldout is not None and embeddings is not None:
                 best = query_examples(embeddings, self.heldout)
                 monitor.picture("queries", query_grid(best.queries, best.images_NKHWC, best.hits_NK, best.scores_NK))
         monitor.evaluation(step, results | {"seconds": time.perf_counter() - began})

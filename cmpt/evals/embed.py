@@ -55,13 +55,13 @@ class Encoder:
             faults = [fault for _, _, faults in views for fault in faults]
             if faults:
                 raise DataError(faults[0])
-            if tower and self.rank:
-                continue
-            out = out if len(out) else torch.empty(len(images), own[1].shape[1])
             for indices_B, rows, _ in views:
-                out[indices_B] = rows
+                finite(rows)
+                if not tower or self.rank == 0:
+                    out = out if len(out) else torch.empty(len(images), rows.shape[1])
+                    out[indices_B] = rows
             self.beat()
-        return finite(out)
+        return out
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit rows [M, E]."""
