@@ -61,6 +61,7 @@ from cmpt.models.pretrained import load_pretrained
 from cmpt.monitor.guard import LossGuard, TrainingDivergedError
 from cmpt.monitor.meters import Meters, peak_memory_bytes
 from cmpt.monitor.monitor import Monitor
+from cmpt.monitor.timings import Timings
 from cmpt.monitor.watchdog import Watchdog, WatchdogError
 from cmpt.ops.attention import attention_backend
 from cmpt.recipe import RecipeError, check_recipe, load_recipe, phases, recipe_fingerprint
@@ -160,6 +161,7 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
 
     with (
         Monitor(folder, recipe.run.name, plan.total_steps, state.step, primary) as monitor,
+        Timings(folder, recipe.run.timings, rank, device) as timings,
         Watchdog(folder, recipe.guard.watchdog_seconds) as watch,
         StopSignals(folder / "stop" if primary else None) as signals,
     ):
@@ -221,7 +223,9 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
                     watch.at("records", state.step, least_s=patience_s)
                     state.advance(mask.state(), counts.rejections)
                     state.image_size = phase.image.size
-                    meters.add(counts, traffic.take())
+                    moved = traffic.take()
+                    meters.add(counts, moved)
+                    timings.add(state.step, counts, moved)
                     monitor.skips(state.step, counts.rejections)
                     if refusal:
                         watch.at("refused batch", state.step, patient=True)

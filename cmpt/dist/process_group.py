@@ -50,8 +50,8 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     """The sum over ranks of a host tensor (integers stay exact at any world size)."""
     total = counts.clone()
     if _world_size() > 1:
-        dist.all_reduce(total)
-        traffic.add("control", traffic.ring_bytes(total.nbytes, dist.get_world_size(), passes=2))
+        with traffic.collective("control", traffic.ring_bytes(total.nbytes, dist.get_world_size(), passes=2)):
+            dist.all_reduce(total)
     return total
 
 
@@ -60,8 +60,8 @@ def gather_objects(value: Any) -> list[Any]:
     if _world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_host_group())
-    traffic.add("control", len(pickle.dumps(value)) * (len(values) - 1))
+    with traffic.collective("control", len(pickle.dumps(value)) * (len(values) - 1)):
+        dist.all_gather_object(values, value, group=_host_group())
     return values
 
 
@@ -70,7 +70,8 @@ def broadcast_object(value: Any) -> Any:
     if _world_size() == 1:
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=_host_group())
+    with traffic.collective("control", 0):
+        dist.broadcast_object_list(holder, src=0, group=_host_group())
     traffic.add("control", traffic.ring_bytes(len(pickle.dumps(holder[0])), dist.get_world_size()))
     return holder[0]
 
@@ -100,7 +101,8 @@ def on_first_rank(work: Callable[[], T], beat: Callable[[], None]) -> T:
 
 def barrier() -> None:
     if _world_size() > 1:
-        dist.barrier(group=_host_group())
+        with traffic.collective("control", 0):
+            dist.barrier(group=_host_group())
 
 
 _host: list[Any] = []
@@ -129,8 +131,8 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, local_BE: Tensor) -> Tensor:
         world = dist.get_world_size()
         gathered_GE = local_BE.new_empty(world * local_BE.shape[0], *local_BE.shape[1:])
-        _all_gather(gathered_GE, local_BE.contiguous())
-        traffic.add("features", traffic.ring_bytes(gathered_GE.nbytes, world))
+        with traffic.collective("features", traffic.ring_bytes(gathered_GE.nbytes, world)):
+            _all_gather(gathered_GE, local_BE.contiguous())
         return gathered_GE
 
     @staticmethod
@@ -139,12 +141,12 @@ class _AllGather(torch.autograd.Function):
         world, rank = dist.get_world_size(), dist.get_rank()
         if grad_GE.is_cuda:
             grad_BE = grad_GE.new_empty(grad_GE.shape[0] // world, *grad_GE.shape[1:])
-            _reduce_scatter(grad_BE, grad_GE.contiguous())
-            traffic.add("features", traffic.ring_bytes(grad_GE.nbytes, world))
+            with traffic.collective("features", traffic.ring_bytes(grad_GE.nbytes, world)):
+                _reduce_scatter(grad_BE, grad_GE.contiguous())
             return grad_BE
         total = grad_GE.contiguous().clone()  # gloo has no reduce-scatter on every build
-        dist.all_reduce(total)
-        traffic.add("features", traffic.ring_bytes(total.nbytes, world, passes=2))
+        with traffic.collective("features", traffic.ring_bytes(total.nbytes, world, passes=2)):
+            dist.all_reduce(total)
         return total.chunk(world)[rank]
 
 

@@ -14,6 +14,11 @@ Kinds: "features" (the gather of embeddings and its gradient), "gradients" and "
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cmpt.dist.step_clock import clock
+
 KINDS = ("features", "gradients", "parameters", "control")
 
 _sent = dict.fromkeys(KINDS, 0)
@@ -39,6 +44,19 @@ def feature_bytes(
 
 def add(kind: str, sent_bytes: int) -> None:
     _sent[kind] += sent_bytes
+
+
+@contextmanager
+def collective(kind: str, sent_bytes: int) -> Iterator[None]:
+    """Around a collective in which this rank sends so much: counts the bytes, and the time where a clock runs."""
+    add(kind, sent_bytes)
+    running = clock()
+    if running is None:
+        yield
+        return
+    running.count(kind)
+    with running.waiting(kind):
+        yield
 
 
 def take() -> dict[str, int]:

@@ -10,6 +10,7 @@ from deepspeed.comm import comm
 from torch import Tensor
 
 from cmpt.dist import traffic
+from cmpt.dist.step_clock import StepClock, clock
 from cmpt.models.clip import CLIP, parameter_groups
 
 # Collective of DeepSpeed's backend -> kind, passes around the ring, the argument whose bytes count, where the process
@@ -36,8 +37,9 @@ def count_deepspeed() -> None:
     """Count DeepSpeed's collectives from now on; call it after `deepspeed.initialize`, as often as one likes.
 
     Reductions are "gradients", gathers and broadcasts "parameters". A collective counts when it is called, so an
-    asynchronous one is in the step that started it; its result is handed through untouched. DeepSpeed's own
-    communication logger is no use here: it waits for the device around every call.
+    asynchronous one is in the step that started it; its result is handed through untouched, but where a clock runs
+    (dist/step_clock.py), which times the wait for it. DeepSpeed's own communication logger is no use here: it waits for
+    the device around every call.
     """
     backend = comm.cdb
     assert backend is not None, "deepspeed.initialize comes first"
@@ -57,12 +59,27 @@ def _counted(
         payload = args[place] if len(args) > place else kwargs[name]
         group = args[group_place] if len(args) > group_place else kwargs.get("group")
         size_bytes = payload.nbytes if isinstance(payload, Tensor) else sum(tensor.nbytes for tensor in payload)
-        result = collective(*args, **kwargs)
         world_size = max(1, dist.get_world_size(group))  # -1 outside of the group
-        traffic.add(kind, traffic.ring_bytes(size_bytes, world_size, passes))
-        return result
+        with traffic.collective(kind, traffic.ring_bytes(size_bytes, world_size, passes)):
+            result = collective(*args, **kwargs)
+        running = clock()
+        return result if running is None or not hasattr(result, "wait") else _Awaited(result, kind, running)
 
     return call
+
+
+class _Awaited:
+    """The handle of an asynchronous collective; waiting for it is time that the collective takes."""
+
+    def __init__(self, handle: Any, kind: str, running: StepClock) -> None:
+        self._handle, self._kind, self._clock = handle, kind, running
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.waiting(self._kind):
+            return self._handle.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
 
 
 def parameter_sizes(clip: CLIP, by_layer: bool = False) -> list[list[int]]:

@@ -28,6 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cmpt.dist.process_group import barrier, broadcast_object, gather_objects
+from cmpt.dist.step_clock import clock
 from cmpt.monitor.heartbeat import PAGE_BYTES, Mark, Page
 
 PATIENT_S = 1800.0
@@ -103,8 +104,11 @@ class Watchdog:
         """The main thread has come to `place` of `step`; every rank marks the same places. Costs microseconds.
 
         The next mark must come within the limit, which is `least_s` or more; a `patient` place may take half an hour,
-        and does not count into the time of its step.
+        and does not count into the time of its step. A running clock (dist/step_clock.py) is told too.
         """
+        running = clock()
+        if running is not None:
+            running.at(place, step)
         if self._page is None or self._silence_s is None:
             return
         now = time.monotonic()

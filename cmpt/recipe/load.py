@@ -33,6 +33,7 @@ NOT_IDENTITY = (
     "run.keep_checkpoints_hours",
     "run.copy_checkpoints_to",
     "run.stop_after",
+    "run.timings",
     "data.heldout",
     "data.category_field",
     "data.cache_folder",

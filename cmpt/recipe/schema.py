@@ -35,6 +35,9 @@ class Run:
     """Checkpoints younger than this many hours are kept too; the rest is deleted."""
     copy_checkpoints_to: str | None = None
     """A second folder, on another disk, that gets a copy of every checkpoint; a start falls back to it."""
+    timings: bool = False
+    """Write where the time of every step goes, per rank, into timings/ of the run folder (tools/scaling.py reads it):
+    on a GPU two events per collective, on a CPU next to nothing."""
     stop_after: str | None = None
     """End cleanly, with a checkpoint, when the run has come this far; the schedule still aims at `duration`."""
 

@@ -158,7 +158,7 @@ def _describe(expected: Any, key: str, value: Any) -> str:
             return 'text with a unit, such as "2000 steps"'
         return "text; put it in quotes" if isinstance(value, bool | int | float) else "text"
     if get_origin(expected) is list:
-        return "a list of texts" if get_args(expected)[0] is str else "a list of sections"
+        return {str: "a list of texts", int: "a list of whole numbers"}.get(get_args(expected)[0], "a list of sections")
     if get_origin(expected) is tuple:
         return f"a list of {len(get_args(expected))} numbers"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(expected, "a mapping")

@@ -1,0 +1,60 @@
+"""The lines that say where the time of each step went."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cmpt.dist import step_clock, traffic
+from cmpt.monitor.timings import Timings, wire_bytes
+
+
+@dataclass(frozen=True)
+class Counted:
+    kept_patches: int = 30
+    patches: int = 60
+    text_tokens: int = 7
+    flops: int = 1000
+
+
+def lines_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "timings/rank_00002.jsonl").read_text().splitlines()]
+
+
+def test_a_line_for_every_step_that_is_over_the_last_one_included(tmp_path: Path) -> None:
+    with Timings(tmp_path, True, 2, torch.device("cpu")) as timings:
+        clock = step_clock.clock()
+        assert clock is not None
+        for step in range(3):
+            clock.at("data", step)
+            clock.at("gradient", step)
+            with traffic.collective("features", 64):
+                pass
+            timings.add(step + 1, Counted(), {"features": 64})
+            assert len(lines_of(tmp_path)) == step, "a step is written when the next one has begun"
+        clock.at("last checkpoint", 3)
+    assert step_clock.clock() is None
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert set(line["places"]) == {"data", "gradient"}  # type: ignore[call-overload]
+        assert line["calls"] == {"gradient": {"features": 1}} and line["sent_bytes"] == {"features": 64}
+        assert (line["rank"], line["flops"], line["image_tokens"], line["text_tokens"]) == (2, 1000, 30, 7)
+        assert line["peak_memory_bytes"] > 2**20  # type: ignore[operator]
+
+
+def test_nothing_is_measured_or_written_unless_it_is_wanted(tmp_path: Path) -> None:
+    with Timings(tmp_path, False, 0, torch.device("cpu")) as timings:
+        assert step_clock.clock() is None
+        timings.add(1, Counted(), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_on_the_wire_are_those_of_all_interfaces_but_the_loopback() -> None:
+    rows = [re.split(r"[:\s]+", line.strip()) for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
+    before = sum(int(row[9]) for row in rows if row[0] != "lo")
+    assert before <= wire_bytes() < before + 10 * 2**20
