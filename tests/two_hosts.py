@@ -19,12 +19,16 @@ from pathlib import Path
 
 import pytest
 
+RELAY = Path(__file__).with_name("relay.py")
+_QUEUE_MS = 100
+_BURST_BYTES = 64 * 1024
 PROGRAMS = ("ip", "unshare", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
 _UP_LIMIT_S = 30.0
 
 
 class Hosts:
-    """`names` are the addresses in the hostfile; commands started with `launch` run on the network of the first.
+    """`names` are the addresses in the hostfile, `spaces` the network namespaces; commands started with `launch` run on
+    the network of the first.
 
     The folder holds ssh_config, keys, the hostfile and the environment file for DS_ENV_FILE.
     """
@@ -34,9 +38,10 @@ class Hosts:
         self.names = [f"10.77.0.{number}" for number in range(1, count + 1)]
         self.hostfile = folder / "hostfile"
         self.ssh_config = folder / "ssh_config"
-        self._spaces = [f"cmpt-{os.getpid()}-{number}" for number in range(1, count + 1)]
+        self.spaces = [f"cmpt-{os.getpid()}-{number}" for number in range(1, count + 1)]
         self._switch = f"cmpt-{os.getpid()}-switch"
         self._inits: dict[int, subprocess.Popen[bytes]] = {}
+        self._relay: subprocess.Popen[bytes] | None = None
 
     def up(self) -> None:
         """Raises OSError or CalledProcessError where the machine does not allow namespaces."""
@@ -46,7 +51,7 @@ class Hosts:
         _run("ip", "netns", "add", self._switch)
         _run("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
         _run("ip", "-n", self._switch, "link", "set", "br0", "up")
-        for number, (space, address) in enumerate(zip(self._spaces, self.names, strict=True)):
+        for number, (space, address) in enumerate(zip(self.spaces, self.names, strict=True)):
             _run("ip", "netns", "add", space)
             peer = ("peer", "name", "eth0", "netns", space)
             _run("ip", "-n", self._switch, "link", "add", f"port{number}", "type", "veth", *peer)
@@ -68,7 +73,8 @@ class Hosts:
     def down(self) -> None:
         for number in list(self._inits):
             self.kill(number)
-        for space in (*self._spaces, self._switch):
+        self._end_relay()
+        for space in (*self.spaces, self._switch):
             subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
 
     def boot(self, number: int) -> None:
@@ -76,13 +82,13 @@ class Hosts:
         options = [f"AuthorizedKeysFile={self.folder}/id.pub", "StrictModes=no", "UsePAM=no", "PidFile=none"]
         options.append(f"ListenAddress={self.names[number]}")
         sshd = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-h", f"{self.folder}/host"]
-        namespace = ["ip", "netns", "exec", self._spaces[number], "unshare", "--pid", "--fork", "--kill-child"]
+        namespace = ["ip", "netns", "exec", self.spaces[number], "unshare", "--pid", "--fork", "--kill-child"]
         named = ["--mount-proc", "--uts", "sh", "-c", f'hostname host{number + 1} && exec "$@"', "sh"]
         command = [*namespace, *named, *sshd, *(part for option in options for part in ("-o", option))]
         with (self.folder / f"sshd{number}.log").open("wb") as log:
             self._inits[number] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         limit = time.monotonic() + _UP_LIMIT_S
-        listens = ["ip", "netns", "exec", self._spaces[number], "ss", "-Hltn", f"src {self.names[number]}"]
+        listens = ["ip", "netns", "exec", self.spaces[number], "ss", "-Hltn", f"src {self.names[number]}"]
         while not subprocess.run(listens, capture_output=True, check=True).stdout:
             if time.monotonic() > limit or self._inits[number].poll() is not None:
                 raise OSError(f"host {number}: no sshd: {(self.folder / f'sshd{number}.log').read_text()}")
@@ -96,7 +102,49 @@ class Hosts:
 
     def link(self, number: int, state: str) -> None:
         """`state` "down": the host vanishes without a word; "up": it is back on the network."""
-        _run("ip", "-n", self._spaces[number], "link", "set", "eth0", state)
+        _run("ip", "-n", self.spaces[number], "link", "set", "eth0", state)
+
+    def shape(self, mbit: float, delay_ms: float = 0.0) -> None:
+        """From now on two hosts talk over a link of this bandwidth in each direction, and this delay one way.
+
+        Bandwidth: a token bucket on each host's interface. Delay: netem in the switch, or, where the kernel has none, a
+        second bridge for the second host and a process (relay.py) that moves frames between the two bridges in time.
+        """
+        assert len(self.names) == 2, "a link joins two hosts"
+        for space in self.spaces:
+            rate = ["rate", f"{mbit}mbit", "burst", str(_BURST_BYTES), "latency", f"{_QUEUE_MS}ms"]
+            _run("ip", "netns", "exec", space, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
+        self._end_relay()
+        switch = ("ip", "netns", "exec", self._switch)
+        for port in ("port0", "port1"):
+            subprocess.run([*switch, "tc", "qdisc", "del", "dev", port, "root"], capture_output=True, check=False)
+        if not delay_ms:
+            return
+        netem = ["netem", "delay", f"{delay_ms}ms", "limit", "100000"]
+        has_netem = subprocess.run([*switch, "tc", "qdisc", "add", "dev", "port0", "root", *netem], capture_output=True)
+        if has_netem.returncode == 0:
+            _run(*switch, "tc", "qdisc", "add", "dev", "port1", "root", *netem)
+            return
+        for space in self.spaces:  # a relay sees whole frames: no segments that a network card would have to cut
+            _run("ip", "-n", space, "link", "set", "eth0", "gso_max_segs", "1", "gso_max_size", "1500")
+        self._relay = subprocess.Popen(
+            [*switch, sys.executable, str(RELAY), "tap0", "tap1", str(delay_ms)], stdout=subprocess.PIPE
+        )
+        assert self._relay.stdout is not None and self._relay.stdout.readline() == b"ready\n"
+        _run("ip", "-n", self._switch, "link", "add", "br1", "type", "bridge")
+        _run("ip", "-n", self._switch, "link", "set", "br1", "up")
+        for device, bridge in (("tap0", "br0"), ("tap1", "br1"), ("port1", "br1")):
+            _run("ip", "-n", self._switch, "link", "set", device, "master", bridge, "up")
+
+    def _end_relay(self) -> None:
+        """The hosts are on one bridge again; the relay's devices go with it."""
+        if self._relay is None:
+            return
+        self._relay.kill()
+        self._relay.wait()
+        self._relay = None
+        _run("ip", "-n", self._switch, "link", "set", "port1", "master", "br0", "up")
+        _run("ip", "-n", self._switch, "link", "del", "br1")
 
     def environment(self) -> dict[str, str]:
         """What a launcher needs: this Python's programs first on PATH, ssh's configuration, what hosts are to get."""
@@ -109,7 +157,7 @@ class Hosts:
 
     def on_first(self, command: list[str]) -> list[str]:
         """The command as it runs on the first host's network (but outside its PID namespace)."""
-        return ["ip", "netns", "exec", self._spaces[0], *command]
+        return ["ip", "netns", "exec", self.spaces[0], *command]
 
     def launcher(self, *options: str) -> list[str]:
         """`deepspeed` over all hosts. Its own check uses plain ssh, which knows nothing of our keys."""
