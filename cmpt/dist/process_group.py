@@ -122,8 +122,8 @@ def _world_size() -> int:
 
 
 # torch 2.13 renamed these two; 2.11 and 2.12 know the old names only.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _AllGather(torch.autograd.Function):
@@ -132,7 +132,7 @@ class _AllGather(torch.autograd.Function):
         world = dist.get_world_size()
         gathered_GE = local_BE.new_empty(world * local_BE.shape[0], *local_BE.shape[1:])
         with traffic.collective("features", traffic.ring_bytes(gathered_GE.nbytes, world)):
-            _all_gather(gathered_GE, local_BE.contiguous())
+            all_gather_into(gathered_GE, local_BE.contiguous())
         return gathered_GE
 
     @staticmethod
@@ -142,7 +142,7 @@ class _AllGather(torch.autograd.Function):
         if grad_GE.is_cuda:
             grad_BE = grad_GE.new_empty(grad_GE.shape[0] // world, *grad_GE.shape[1:])
             with traffic.collective("features", traffic.ring_bytes(grad_GE.nbytes, world)):
-                _reduce_scatter(grad_BE, grad_GE.contiguous())
+                reduce_scatter_into(grad_BE, grad_GE.contiguous())
             return grad_BE
         total = grad_GE.contiguous().clone()  # gloo has no reduce-scatter on every build
         with traffic.collective("features", traffic.ring_bytes(total.nbytes, world, passes=2)):

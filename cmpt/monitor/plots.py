@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -56,26 +56,49 @@ class Plot:
 
 def draw(plot: Plot) -> str:
     """The plot as an <svg> element. Deterministic."""
-    width, height = (9.6, 2.9) if plot.wide else (4.7, 2.55)
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": plot.name,
-            "font.family": "sans-serif",
-            "font.size": 9,
-            "text.parse_math": False,
-        }
-    ):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.patch.set_alpha(0)
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot(facecolor="none")
+
+    def paint(axes: Axes) -> None:
         for number, curve in enumerate(plot.curves):
             _draw_curve(axes, curve, COLOURS[number % len(COLOURS)])
         _dress(axes, plot)
+
+    return as_svg(plot.name, (9.6, 2.9) if plot.wide else (4.7, 2.55), paint)
+
+
+def as_svg(name: str, inches: tuple[float, float], paint: Callable[[Axes], None]) -> str:
+    """What `paint` draws on empty axes, as an <svg> element in the colours of the page; `name` is unique on it."""
+    look = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.parse_math": False,
+    }
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=inches, layout="constrained")
+        figure.patch.set_alpha(0)
+        FigureCanvasSVG(figure)
+        paint(figure.add_subplot(facecolor="none"))
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return _for_the_page(out.getvalue())
+
+
+def bare(axes: Axes) -> None:
+    """Light grid, no frame, ticks without lines."""
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(axis="both", which="both", length=0, labelcolor=INK, pad=5)
+
+
+def legend_above(axes: Axes, columns: int = 5) -> None:
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, labelcolor=INK, borderpad=0,
+        handlelength=1.4, columnspacing=1.6, borderaxespad=0.2,
+    )  # fmt: skip
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
@@ -122,12 +145,7 @@ def _dress(axes: Axes, plot: Plot) -> None:
             label, (step, 1), (4, -3), ("data", "axes fraction"), "offset points", color=MUTED, fontsize=8, va="top"
         )
     axes.margins(x=0.01)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(axis="both", which="both", length=0, labelcolor=INK, pad=5)
+    bare(axes)
     axes.xaxis.set_major_locator(MaxNLocator(8 if plot.wide else 5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if plot.percent:
@@ -135,17 +153,14 @@ def _dress(axes: Axes, plot: Plot) -> None:
         digits = 0 if high - low > 0.04 else 1 if high - low > 0.004 else 2
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %"))
     elif not plot.log:
-        axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
     if not plot.log:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     if sum(bool(curve.label) for curve in plot.curves) + bool(plot.level_label):
-        axes.legend(
-            frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, labelcolor=INK, borderpad=0,
-            handlelength=1.4, columnspacing=1.6, borderaxespad=0.2,
-        )  # fmt: skip
+        legend_above(axes)
 
 
-def _short(value: float, _: object = None) -> str:
+def short(value: float, _: object = None) -> str:
     """Tick labels: 1.5M, 12,000, 0.25, 5e-04."""
     size = abs(value)
     if size >= 1e6:

@@ -1,0 +1,183 @@
+"""Studies that run: real starts through the launcher, points that fail, studies that are interrupted and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from test_scaling_study import study, study_file
+
+import scaling
+from cmpt.recipe import RecipeError
+from scaling_read import MEASURED_TERMS, TimingsError, measured, read_timings
+from scaling_run import Runner, StudyError, cause_of
+from scaling_study import study_hosts, study_points
+
+SCALING = [sys.executable, str(REPOSITORY / "tools/scaling.py")]
+QUICK: dict[str, Any] = {
+    "processes": [1],
+    "weak": [16],
+    "warmup_steps": 1,
+    "measured_steps": 4,
+    "environment": {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"},
+    "overrides": ["guard.dry_run=false", "model.vision.layers=1", "model.text.layers=1"],
+}
+MISSING_WEIGHTS = {"model.init_from": [None, "nowhere.safetensors"]}
+LIMIT_S = 240.0
+
+
+def line(step: int, rank: int, compute_s: float, **waits: float) -> dict[str, Any]:
+    return {
+        "step": step, "rank": rank, "host": f"host{rank}", "flops": 64e9, "image_tokens": 640, "text_tokens": 64,
+        "places": {"data": 0.125, "mask": 0.0, "gradient": compute_s, "optimizer": 0.25, "evaluation": 99.0},
+        "waits": {"gradient": waits, "evaluation": {"control": 99.0}},
+        "calls": {"gradient": dict.fromkeys(waits, 2), "evaluation": {"control": 9}},
+        "sent_bytes": {"features": 1000, "gradients": 2000, "parameters": 0, "control": 8},
+        "peak_memory_bytes": (rank + 1) * 2**30, "wire_bytes": 10_000 * step,
+    }  # fmt: skip
+
+
+def test_terms_add_up_and_the_slowest_rank_is_told_from_what_a_collective_takes() -> None:
+    """Rank 1 computes half a second longer, for which rank 0 waits beside the 0.25 s of the collective itself."""
+    steps = [[line(s, 0, 1.0, gradients=0.75), line(s, 1, 1.5, gradients=0.25)] for s in range(1, 9)]
+    found = measured(steps, batch_size=64)
+    terms = found["terms_s"]
+    assert set(terms) == set(MEASURED_TERMS)
+    assert terms["compute"] == 1.25 and terms["gradients"] == 0.25 and terms["stragglers"] == 0.25
+    assert found["step_s"] == sum(terms.values()) == 0.125 + 0.25 + 1.5 + 0.25
+    assert found["images_per_s"] == 64 / found["step_s"]
+    assert found["flops_per_sample"] == 1e9 and found["calls"]["gradients"] == 2 and found["wire_bytes"] == 10_000
+    assert found["peak_memory_bytes"] == [2**30, 2**31]
+
+
+def test_a_moment_in_which_the_machine_was_busy_does_not_count() -> None:
+    steps = [[line(step, 0, 1.0 if step != 5 else 30.0)] for step in range(1, 9)]
+    found = measured(steps, batch_size=64)
+    assert found["terms_s"]["compute"] == 1.0 and found["step_high_s"] > 30
+
+
+def test_missing_lines_of_a_rank_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "timings"
+    folder.mkdir()
+    (folder / "rank_00000.jsonl").write_text("".join(json.dumps(line(s, 0, 1.0)) + "\n" for s in range(1, 5)))
+    with pytest.raises(TimingsError, match="steps 5 to 6 are missing"):
+        read_timings(tmp_path, 1, 1, 6)
+    with pytest.raises(TimingsError, match=r"rank_00001.*do all hosts share this folder"):
+        read_timings(tmp_path, 2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("x\nn1: error: data.train: no shard\nn2: error: data.train: no shard\n[INFO] done\n", "data.train: no shard"),
+        ("Traceback (most recent call last):\n  File x\nRuntimeError: broke\n[INFO] [launch.py] dead\n", "broke"),
+        ("", "exit code 7"),
+    ],
+)
+def test_the_cause_of_a_failed_start_is_what_it_said(log: str, cause: str) -> None:
+    assert cause_of(7, log).endswith(cause)
+
+
+def test_with_a_hostfile_every_start_goes_through_pdsh_with_its_hosts_and_variables(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("a slots=2\nb slots=2\n")
+    (tmp_path / "env").write_text("PATH=/x\nGLOO_SOCKET_IFNAME=eth0\n\n")
+    keys = {"hostfile": str(tmp_path / "hostfile"), "nodes": [1, 2], "processes": None, "sweep": None}
+    of = study(tmp_path, **keys, launcher=["--no_ssh_check", "--master_addr=a"], environment={"OMP_NUM_THREADS": 4})
+    runner = Runner(of)
+    runner.environment["DS_ENV_FILE"] = str(tmp_path / "env")
+    commands = [runner.launcher(point) for point in study_points(of, study_hosts(of))]
+    assert ["a:0,1" in command for command in commands] == [True, False]
+    assert "a:0,1@b:0,1" in commands[1]
+    for command in commands:
+        assert "--force_multi" in command and command[-2:] == ["--no_ssh_check", "--master_addr=a"]
+    told = Path(runner._launch_environment()["DS_ENV_FILE"]).read_text()
+    assert told == "PATH=/x\nGLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=4\n"
+
+
+def test_what_was_measured_is_not_measured_again_unless_it_failed_and_is_wanted(tmp_path: Path) -> None:
+    of = study(tmp_path, repeats=2)
+    points, runner = study_points(of, {}), Runner(of)
+    assert [(p.name, r) for p, r in runner.missing(points, again=False)][:5] == [
+        *((point.name, 0) for point in points),
+        (points[0].name, 1),
+    ]
+    runner.folder.mkdir()
+    records = [
+        {"point": p.name, "repeat": 0, "status": status, "fingerprint": runner.fingerprint(p)}
+        for p, status in zip(points, ("done", "failed"), strict=False)
+    ]
+    torn = '{"point": "' + points[2].name
+    (runner.folder / "points.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + torn)
+    missing = [(p.name, r) for p, r in runner.missing(points, again=False)]
+    assert (points[0].name, 0) not in missing and (points[1].name, 0) not in missing
+    assert (points[2].name, 0) in missing and len(missing) == 2 * len(points) - 2
+    assert (points[1].name, 0) in [(p.name, r) for p, r in runner.missing(points, again=True)]
+
+
+def test_a_folder_with_points_of_other_settings_is_refused(tmp_path: Path) -> None:
+    of = study(tmp_path)
+    points, runner = study_points(of, {}), Runner(of)
+    runner.folder.mkdir()
+    record = {"point": points[0].name, "repeat": 0, "status": "done", "fingerprint": runner.fingerprint(points[0])}
+    (runner.folder / "points.jsonl").write_text(json.dumps(record) + "\n")
+    changed = Runner(study(tmp_path, overrides=["masking.ratio=0.6"]))
+    with pytest.raises(StudyError, match="measured with other settings; choose another name"):
+        changed.missing(points, again=False)
+
+
+@pytest.mark.multiprocess
+def test_a_failing_point_is_reported_and_the_rest_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    path = study_file(tmp_path, **QUICK, sweep=dict(reversed(MISSING_WEIGHTS.items())), name="s")
+    code = scaling.main([str(path)])
+    told = capsys.readouterr().out
+    assert code == 1, told
+    records = [json.loads(row) for row in (tmp_path / "s/points.jsonl").read_text().splitlines()]
+    by_status = {record["status"]: record for record in records}
+    assert "nowhere.safetensors" in by_status["failed"]["cause"] and by_status["done"]["images_per_s"] > 0
+    assert "failed:" in told and "nowhere.safetensors" in told
+    page = (tmp_path / "s/scaling.html").read_text()
+    assert "nowhere.safetensors" in page and "weak-1x1-batch16" in page
+    rows = (tmp_path / "s/points.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert not list((tmp_path / "s/runs").glob("*/checkpoints"))
+    assert scaling.main([str(path), "--report-only"]) == 1
+    assert len((tmp_path / "s/points.jsonl").read_text().splitlines()) == 2, "nothing was measured again"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = study_file(tmp_path, **{**QUICK, "weak": [16, 32]}, sweep=None, name="s", repeats=2)
+    points, logs = tmp_path / "s/points.jsonl", tmp_path / "s/logs"
+    process = subprocess.Popen([*SCALING, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    limit = time.monotonic() + LIMIT_S
+    while not (points.exists() and len(list(logs.glob("*.log"))) >= 2):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    time.sleep(2.0)  # well within the second start
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=90) == scaling.INTERRUPTED
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout, "its processes are gone"
+    before = points.read_text()
+    assert len(before.splitlines()) == 1
+    done = subprocess.run([*SCALING, str(path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    after = points.read_text()
+    assert after.startswith(before) and len(after.splitlines()) == 4
+    assert "[3/3]" in done.stdout
+
+
+def test_a_study_of_one_world_without_faults_is_a_list_of_points(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        study_points(study(tmp_path, weak=[15], processes=[2]), {})

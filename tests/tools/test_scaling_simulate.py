@@ -1,0 +1,149 @@
+"""The simulation of runs with faults, against the closed forms where they hold and by hand where they do not."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scaling_simulate import (
+    DAY_S,
+    HOUR_S,
+    USER_ERROR,
+    Faults,
+    daly_interval_s,
+    daly_wall_s,
+    effective,
+    fewer_nodes,
+    main,
+    play,
+    trials,
+    young_interval_s,
+)
+
+PLAIN = Faults(work_s=30 * DAY_S, nodes=100, node_mtbf_s=2000 * HOUR_S, stall_s=60, write_s=60, restart_s=300)
+
+
+def mean_wall_s(faults: Faults, interval_s: float, count: int = 100) -> float:
+    return statistics.fmean(run.wall_s for run in trials(faults, interval_s, count, seed=0))
+
+
+@pytest.mark.parametrize("interval_s", [600, 2000, 6000, 20_000])
+@pytest.mark.parametrize("nodes", [10, 100, 300])
+def test_wall_time_is_daly_s_formula(interval_s: float, nodes: int) -> None:
+    """100 runs of 30 days: within 1 %, or three standard errors where faults are few."""
+    faults = replace(PLAIN, nodes=nodes)
+    walls = [run.wall_s for run in trials(faults, interval_s, 100, seed=0)]
+    expected = daly_wall_s(faults, interval_s)
+    allowed = max(0.01 * expected, 3 * statistics.stdev(walls) / 10)
+    assert statistics.fmean(walls) == pytest.approx(expected, abs=allowed)
+
+
+def test_every_second_of_every_run_is_accounted_for() -> None:
+    for lost in ("spare", "fewer", "wait"):
+        faults = replace(PLAIN, when_lost=lost, share_meanwhile=0.5, slow_per_node_s=1e-6, slow_length_s=600,
+                         slow_factor=1.5, write_s=200)  # fmt: skip
+        for run in trials(faults, 2000, 20, seed=1):
+            assert run.wall_s == pytest.approx(faults.work_s + sum(run.lost_s.values()))
+            assert all(seconds >= -1e-6 for seconds in run.lost_s.values())
+            times = [wall for wall, _ in run.course]
+            assert times == sorted(times) and run.course[-1] == pytest.approx((run.wall_s, faults.work_s))
+
+
+def test_without_faults_a_run_takes_its_work_and_its_stalls() -> None:
+    run = play(replace(PLAIN, work_s=1000, node_mtbf_s=math.inf), 100, random.Random(0))
+    assert run.wall_s == 1000 + 9 * 60 and run.faults == 0, "the last checkpoint is the run's own"
+
+
+def test_the_best_interval_is_young_s_within_the_flatness_of_the_optimum() -> None:
+    best = young_interval_s(PLAIN.stall_s, PLAIN.mtbf_s)
+    assert best == pytest.approx(math.sqrt(2 * 60 * 20 * HOUR_S))
+    shares = {factor: effective(PLAIN, trials(PLAIN, factor * best, 60, seed=0))[0] for factor in (0.25, 1, 4)}
+    assert max(shares, key=lambda factor: shares[factor]) == 1
+    assert daly_wall_s(PLAIN, daly_interval_s(60, PLAIN.mtbf_s)) <= daly_wall_s(PLAIN, best)
+    assert daly_interval_s(60, PLAIN.mtbf_s) == pytest.approx(best, rel=0.05)
+    assert daly_interval_s(100, 40) == 40
+
+
+def test_more_nodes_fail_more_often_and_want_checkpoints_sooner() -> None:
+    more = replace(PLAIN, nodes=400)
+    assert more.mtbf_s == PLAIN.mtbf_s / 4
+    assert young_interval_s(60, more.mtbf_s) == young_interval_s(60, PLAIN.mtbf_s) / 2
+    assert mean_wall_s(more, 2000) > mean_wall_s(PLAIN, 2000)
+
+
+def test_a_checkpoint_that_is_written_while_training_goes_on_costs_less_but_is_usable_later() -> None:
+    blocking, beside = replace(PLAIN, stall_s=300, write_s=300), replace(PLAIN, stall_s=5, write_s=300)
+    free = replace(PLAIN, stall_s=5, write_s=5)
+    walls = [mean_wall_s(faults, 2000) for faults in (free, beside, blocking)]
+    assert walls == sorted(walls) and walls[0] < walls[1]
+
+
+def test_a_fault_before_a_checkpoint_is_usable_falls_back_to_the_one_before() -> None:
+    class Once(random.Random):
+        """The first fault after `seconds`, then none."""
+
+        def __init__(self, seconds: float) -> None:
+            super().__init__(0)
+            self.waits = [seconds]
+
+        def expovariate(self, lambd: float = 1.0) -> float:
+            return self.waits.pop() if self.waits else math.inf
+
+    faults = replace(PLAIN, work_s=1000, stall_s=10, write_s=50, restart_s=0)
+    # Checkpoints begin after 100 and 210 s; the second can be used at 260.
+    for at, kept in ((149, 0), (151, 100), (255, 100), (261, 200)):
+        run = play(faults, 100, Once(at))
+        assert run.course[2][1] == kept, at
+        done = run.course[1][1]
+        assert run.lost_s["recomputed"] == done - kept
+
+
+def test_fewer_nodes_are_those_whose_processes_divide_the_streams() -> None:
+    assert fewer_nodes(64, 8, 1024) == 32 and fewer_nodes(64, 8, None) == 63 and fewer_nodes(1, 8, 8) == 1
+    with pytest.raises(ValueError, match="--streams 24"):
+        fewer_nodes(2, 48, 24)
+
+
+def test_the_program_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--nodes", "64", "--days", "2", "--node-mtbf-hours", "500", "--trials", "5"]
+    assert main([*given, "--out", str(tmp_path), "--json", str(tmp_path / "s.json")]) == 0
+    told = json.loads((tmp_path / "s.json").read_text())
+    assert f"{100 * told['effective']:.2f} %" in capsys.readouterr().out
+    page = (tmp_path / "simulation.html").read_text()
+    assert f"{100 * told['effective']:.1f} %" in page and "Simulated, not measured" in page and page.count("<svg") == 2
+
+
+def test_checkpoint_times_come_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = [{"kind": "checkpoint", "step": n, "stall_s": s, "write_s": 30.0} for n, s in enumerate((1.0, 2.0, 9.0))]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    out = tmp_path / "s.json"
+    assert main(["--nodes", "8", "--days", "1", "--trials", "2", "--run", str(tmp_path), "--json", str(out)]) == 0
+    faults = json.loads(out.read_text())["faults"]
+    assert (faults["stall_s"], faults["write_s"]) == (2.0, 32.0)
+    assert main(["--nodes", "8", "--run", str(tmp_path / "none")]) == USER_ERROR
+    assert "there is no events.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--nodes 0", "--nodes 0: must be above 0"),
+        ("--nodes 8 --days -1", "--days -1"),
+        ("--nodes 8 --node-mtbf-hours 0", "--node-mtbf-hours 0"),
+        ("--nodes 8 --interval 0", "--interval 0"),
+        ("--nodes 8 --stall -1", "--stall -1"),
+        ("--nodes 8 --stall 60 --write 10", "--write 10: must be at least --stall 60"),
+        ("--nodes 8 --slow-factor 0.5", "--slow-factor 0.5"),
+        ("--nodes 64 --node-mtbf-hours 1", "this run would never end"),
+        ("--nodes 8000 --node-mtbf-hours 6300 --trials 100000 --days 100", "--trials 100000"),
+    ],
+)
+def test_bad_input_is_named(given: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given.split()) == USER_ERROR
+    assert told in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""From a fitted machine to numbers of nodes that nobody measured: efficiency, which term takes over, what moves it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cmpt.engine.traffic import expected_bytes
+from cmpt.recipe.schema import Recipe
+from scaling_fit import Fit, Sample, loss_flops
+from step_model import COMMUNICATION, Link, Machine, Work, step_terms
+
+NODES = tuple(2**power for power in range(11))
+TAKES_OVER = 0.1
+"""Share of the step from which on a term is said to have taken over."""
+LOSSES = ("loss", *COMMUNICATION, "stragglers", "data")
+"""Terms that more nodes bring; compute and optimizer are what one node does too."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What does not depend on the number of nodes."""
+
+    recipe: Recipe
+    sizes: Sequence[Sequence[int]]
+    """Of the parameters, by optimizer group (cmpt.engine.traffic.parameter_sizes)."""
+    tower_flops_per_sample: float
+    calls: Mapping[str, float]
+    """Collectives of a step, by kind."""
+    nccl: bool
+
+    def work(self, world_size: int, ranks_per_node: int, batch_size: int) -> Work:
+        """What a rank does in a step at this world size, whether or not the recipe's streams allow it."""
+        engine, model = self.recipe.engine, self.recipe.model
+        rows, parameters = batch_size / world_size, sum(map(sum, self.sizes))
+        micro = engine.micro_batch_size
+        sent = expected_bytes(
+            self.sizes,
+            world_size=world_size,
+            zero_stage=engine.zero_stage,
+            batch_size=batch_size,
+            embed_dim=model.embed_dim or 0,
+            loss=self.recipe.loss.kind,
+            parts=1 if micro is None else max(1, round(rows / micro)),
+            nccl=self.nccl,
+        )
+        return Work(
+            world_size=world_size,
+            ranks_per_node=ranks_per_node,
+            samples=rows,
+            tower_flops=self.tower_flops_per_sample * rows,
+            loss_flops=loss_flops(batch_size, rows, model.embed_dim or 0, self.recipe.loss.kind),
+            stepped_elements=parameters / (world_size if engine.zero_stage and world_size > 1 else 1),
+            sent_bytes=sent if world_size > 1 else {},
+            calls=self.calls,
+        )
+
+
+def calls_at(samples: Sequence[Sample], zero_stage: int) -> dict[str, float]:
+    """Collectives of a step as they were counted at this stage with several ranks; {} where none was measured."""
+    counted = [s.work.calls for s in samples if s.zero_stage == zero_stage and s.work.world_size > 1]
+    return {kind: statistics.fmean(calls[kind] for calls in counted) for kind in COMMUNICATION} if counted else {}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A recipe over numbers of nodes."""
+
+    scaling: str
+    """"weak": so many pairs per rank; "strong": the global batch stays."""
+    zero_stage: int
+    ranks_per_node: int
+    batch_of: Callable[[int], int]
+    """Global batch of a world size."""
+    shape: Shape
+    machine: Machine
+
+    @property
+    def nodes(self) -> list[int]:
+        """Those of NODES at which every rank has a pair."""
+        return [n for n in NODES if self.batch_of(n * self.ranks_per_node) >= n * self.ranks_per_node]
+
+    def terms(self, nodes: int, machine: Machine | None = None, shape: Shape | None = None) -> dict[str, float]:
+        world = nodes * self.ranks_per_node
+        work = (shape or self.shape).work(world, self.ranks_per_node, self.batch_of(world))
+        return step_terms(work, machine or self.machine)
+
+    def images_per_s(self, nodes: int, machine: Machine | None = None) -> float:
+        return self.batch_of(nodes * self.ranks_per_node) / sum(self.terms(nodes, machine).values())
+
+    def efficiency(self, nodes: int, machine: Machine | None = None) -> float:
+        """Images per second and node, against one node."""
+        return self.images_per_s(nodes, machine) / nodes / self.images_per_s(1, machine)
+
+
+def weak(shape: Shape, fit: Fit, ranks_per_node: int, pairs: int) -> Curve:
+    stage = shape.recipe.engine.zero_stage
+    machine = fit.machine(stage, ranks_per_node)
+    return Curve("weak", stage, ranks_per_node, lambda world: pairs * world, shape, machine)
+
+
+def strong(shape: Shape, fit: Fit, ranks_per_node: int, batch_size: int) -> Curve:
+    stage = shape.recipe.engine.zero_stage
+    machine = fit.machine(stage, ranks_per_node)
+    return Curve("strong", stage, ranks_per_node, lambda world: batch_size, shape, machine)
+
+
+def takeovers(curve: Curve) -> dict[str, int | None]:
+    """By term of LOSSES: the fewest nodes at which it is a tenth of the step; None: at none of them."""
+    shares = {n: shares_of(curve.terms(n)) for n in curve.nodes}
+    return {term: next((n for n in curve.nodes if shares[n][term] >= TAKES_OVER), None) for term in LOSSES}
+
+
+def shares_of(terms: Mapping[str, float]) -> dict[str, float]:
+    total = sum(terms.values())
+    return {term: seconds / total for term, seconds in terms.items()}
+
+
+def largest_loss(curve: Curve, nodes: int) -> tuple[str, float]:
+    """The term of LOSSES that is the largest share of the step, and its share."""
+    shares = shares_of(curve.terms(nodes))
+    term = max(LOSSES, key=lambda name: shares[name])
+    return term, shares[term]
+
+
+def moves(curve: Curve, nodes: int) -> dict[str, float]:
+    """A change -> by how many times it would raise the images per second at so many nodes."""
+    machine = curve.machine
+
+    def links(latency: float, bandwidth: float) -> Machine:
+        changed = [
+            Link(link.latency_s * latency, link.bytes_per_s * bandwidth) for link in (machine.inside, machine.between)
+        ]
+        return replace(machine, inside=changed[0], between=changed[1])
+
+    hidden = {
+        kind: 0.0 if kind in ("gradients", "parameters") else machine.exposed.get(kind, 1.0) for kind in COMMUNICATION
+    }
+    changes = {
+        "links of twice the bandwidth": links(1.0, 2.0),
+        "links of half the latency": links(0.5, 1.0),
+        "gradients and parameters hidden by compute": replace(machine, exposed=hidden),
+        "no stragglers": replace(machine, straggler_deviation=0.0),
+        "compute twice as fast": replace(machine, flops_per_s=2 * machine.flops_per_s, fixed_s=machine.fixed_s / 2),
+        "latency of a ring (W - 1 rounds) instead of a tree's": replace(machine, ring=True),
+    }
+    now = curve.images_per_s(nodes)
+    found = {name: curve.images_per_s(nodes, changed) / now for name, changed in changes.items()}
+    twice = replace(curve, batch_of=lambda world: 2 * curve.batch_of(world))
+    found["twice the pairs"] = twice.images_per_s(nodes) / now
+    return found

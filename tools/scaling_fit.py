@@ -1,0 +1,237 @@
+"""Fits the step model (step_model.py) to measured points, and checks it on points that it was not fitted to.
+
+What is fitted, all by least squares without negative values and of relative errors:
+
+    compute     seconds per FLOP (its own for every number of processes per node, which share memory and clock), a
+                constant, and a constant more at ZeRO stages 1 and 2 and at 3
+    optimizer   a constant (one more above stage 0) and seconds per element that a rank steps
+    links       latency and bandwidth of an all-reduce, inside a node and between nodes, from the benchmark of
+                collectives on the same hosts; without one, from the points' own all-reduces
+    exposed     for every kind of collective and stage: measured seconds / what the link alone would take. Below 1
+                compute hides some, or the collective is cheaper than an all-reduce; above 1 it is slower in training
+    stragglers  the spread of compute that explains by how much the others wait for the slowest rank
+    loader      samples per second where data were waited for at all
+
+Every point is predicted by a fit to all other points; of a point's repeats the one in the middle counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from bench_collectives import fit_link, read_collectives
+from scaling_read import MEASURED_TERMS
+from step_model import COMMUNICATION, Link, Machine, Work, expected_largest, rounds, step_terms
+
+Record = Mapping[str, Any]
+NO_LINK = Link(0.0, float("inf"))
+_DATA_WAITS = 0.02
+"""Share of the step from which on the loader is what the step waits for."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A point, that of its repeats whose step time is in the middle, and the work that it is."""
+
+    name: str
+    record: Record
+    zero_stage: int
+    work: Work
+    terms_s: Mapping[str, float]
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Machines by what they depend on; see `machine`."""
+
+    seconds_per_flop: Mapping[int, float]
+    """By ranks per node."""
+    fixed_s: float
+    sharded_s: Mapping[int, float]
+    """By ZeRO stage: what compute takes longer."""
+    optimizer_fixed_s: float
+    optimizer_sharded_s: float
+    optimizer_s_per_element: float
+    inside: Link
+    between: Link
+    exposed: Mapping[tuple[str, int], float]
+    """By kind and ZeRO stage."""
+    straggler_deviation: float
+    loader_samples_per_s: float | None
+
+    def machine(self, zero_stage: int, ranks_per_node: int) -> Machine:
+        """For numbers of ranks per node that were not measured: the nearest that was."""
+        nearest = min(self.seconds_per_flop, key=lambda ranks: abs(ranks - ranks_per_node))
+        shares = {}
+        for kind in COMMUNICATION:
+            same = [share for (of, _), share in self.exposed.items() if of == kind]
+            shares[kind] = self.exposed.get((kind, zero_stage), statistics.fmean(same) if same else 1.0)
+        per_element = self.optimizer_s_per_element
+        return Machine(
+            flops_per_s=1 / self.seconds_per_flop[nearest],
+            optimizer_elements_per_s=1 / per_element if per_element else float("inf"),
+            inside=self.inside,
+            between=self.between,
+            fixed_s=self.fixed_s + self.sharded_s.get(zero_stage, 0.0),
+            optimizer_fixed_s=self.optimizer_fixed_s + (self.optimizer_sharded_s if zero_stage else 0.0),
+            exposed=shares,
+            straggler_deviation=self.straggler_deviation,
+            loader_samples_per_s=self.loader_samples_per_s,
+        )
+
+    def terms(self, sample: Sample) -> dict[str, float]:
+        """Predicted seconds by term of step_model.TERMS."""
+        return step_terms(sample.work, self.machine(sample.zero_stage, sample.work.ranks_per_node))
+
+
+def loss_flops(batch_size: int, rows: float, embed_dim: int, loss: str) -> float:
+    """Of a rank with so many rows of logits: each direction is one product forward and two backward."""
+    return (2 if loss == "infonce" else 1) * 6.0 * rows * batch_size * embed_dim
+
+
+def samples_of(records: Iterable[Record], recipes: Mapping[str, Any], parameters: int) -> list[Sample]:
+    """The points that were measured, in their order; `recipes` by point name, `parameters` of the model."""
+    by_point: dict[str, list[Record]] = {}
+    for record in records:
+        if record["status"] == "done":
+            by_point.setdefault(record["point"], []).append(record)
+    found = []
+    for name, repeats in by_point.items():
+        record, recipe = sorted(repeats, key=lambda each: each["step_s"])[(len(repeats) - 1) // 2], recipes[name]
+        world, batch = record["world_size"], record["batch_size"]
+        terms = {term: record["terms_s"][term] for term in MEASURED_TERMS}
+        rows = batch / world
+        of_loss = loss_flops(batch, rows, recipe.model.embed_dim, recipe.loss.kind)
+        stage = 0 if world == 1 else recipe.engine.zero_stage
+        work = Work(
+            world_size=world,
+            ranks_per_node=record["ranks_per_node"],
+            samples=rows,
+            tower_flops=record["flops_per_sample"] * rows - of_loss,
+            loss_flops=of_loss,
+            stepped_elements=parameters / (world if stage else 1),
+            sent_bytes=record["sent_bytes"],
+            calls=record["calls"],
+        )
+        found.append(Sample(name, record, stage, work, terms, sum(terms.values())))
+    return found
+
+
+def fit(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> Fit:
+    """Raises ValueError without samples."""
+    if not samples:
+        raise ValueError("no point was measured: there is nothing to fit")
+    per_node = sorted({sample.work.ranks_per_node for sample in samples})
+    rows = []
+    for sample in samples:
+        flops = sample.work.tower_flops + sample.work.loss_flops
+        by_ranks = [flops if sample.work.ranks_per_node == ranks else 0.0 for ranks in per_node]
+        rows.append([1.0, sample.zero_stage in (1, 2), sample.zero_stage == 3, *by_ranks])
+    fixed, sharded, third, *rates = _solve(rows, [sample.terms_s["compute"] for sample in samples])
+    optimizer = [[1.0, sample.zero_stage > 0, sample.work.stepped_elements] for sample in samples]
+    constant, more, per_element = _solve(optimizer, [sample.terms_s["optimizer"] for sample in samples])
+    # Where a setting was left out of the fit its rate is 0: then that of the others is the nearest.
+    by_ranks = {ranks: rate for ranks, rate in zip(per_node, rates, strict=True) if rate > 0}
+    measured_links = [_benchmarked(path) for path in collectives]
+    inside = _link(samples, [link for nodes, link in measured_links if nodes == 1], several_nodes=False)
+    between = _link(samples, [link for nodes, link in measured_links if nodes > 1], several_nodes=True)
+    found = Fit(
+        seconds_per_flop=by_ranks,
+        fixed_s=fixed,
+        sharded_s={1: sharded, 2: sharded, 3: third},
+        optimizer_fixed_s=constant,
+        optimizer_sharded_s=more,
+        optimizer_s_per_element=per_element,
+        inside=inside,
+        between=between,
+        exposed={},
+        straggler_deviation=_deviation(samples),
+        loader_samples_per_s=_loader(samples),
+    )
+    return replace(found, exposed=_exposed(samples, found))
+
+
+def held_out(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> dict[str, dict[str, float]]:
+    """By point: terms that a fit to all other points predicts. A study of one point has none to hold out."""
+    if len(samples) < 2:
+        return {}
+    return {
+        sample.name: fit([other for other in samples if other is not sample], collectives).terms(sample)
+        for sample in samples
+    }
+
+
+def training_link(samples: Sequence[Sample], several_nodes: bool) -> Link | None:
+    """Latency and bandwidth as training's own all-reduces show them: of gradients (at stage 3 they are scattered) and
+    of counts; None without any."""
+    rows, seconds = [], []
+    for sample in samples:
+        if sample.work.world_size == 1 or (sample.work.nodes > 1) != several_nodes or sample.zero_stage == 3:
+            continue
+        for kind in ("gradients", "control"):
+            calls = sample.work.calls[kind] * rounds(sample.work.world_size, ring=False)
+            if calls and sample.terms_s[kind] > 0:
+                rows.append([calls, sample.work.sent_bytes[kind]])
+                seconds.append(sample.terms_s[kind])
+    if len(rows) < 2:
+        return None
+    latency, per_byte = _solve(rows, seconds)
+    return Link(latency, 1 / per_byte) if per_byte else None
+
+
+def _solve(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """Least squares of relative errors, no coefficient below 0; columns are scaled: they differ by powers of ten."""
+    weights = 1 / np.maximum(np.asarray(values, dtype=float), 1e-9)
+    matrix = np.asarray(rows, dtype=float) * weights[:, None]
+    scale = np.where(matrix.max(axis=0) > 0, matrix.max(axis=0), 1.0)
+    found, _ = nnls(matrix / scale, np.ones(len(values)))
+    return [float(value) for value in found / scale]
+
+
+def _benchmarked(path: Path) -> tuple[int, Link]:
+    """(nodes, link of its all-reduce); the benchmark's latency is that of a whole call."""
+    measured = read_collectives(path)
+    latency, bandwidth, _ = fit_link(measured["ops"]["all_reduce"]["points"])
+    nodes = len(set(measured["hosts"]))
+    return nodes, Link(latency / max(1, rounds(measured["world_size"], ring=False)), bandwidth)
+
+
+def _link(samples: Sequence[Sample], benchmarked: Sequence[Link], several_nodes: bool) -> Link:
+    if benchmarked:
+        latency = statistics.fmean(link.latency_s for link in benchmarked)
+        return Link(latency, statistics.harmonic_mean([link.bytes_per_s for link in benchmarked]))
+    return training_link(samples, several_nodes) or NO_LINK
+
+
+def _exposed(samples: Sequence[Sample], found: Fit) -> dict[tuple[str, int], float]:
+    sums: dict[tuple[str, int], list[float]] = {}
+    for sample in samples:
+        alone = replace(found.machine(sample.zero_stage, sample.work.ranks_per_node), exposed={})
+        for kind, seconds in step_terms(sample.work, alone).items():
+            if kind in COMMUNICATION and seconds > 0:
+                both = sums.setdefault((kind, sample.zero_stage), [0.0, 0.0])
+                both[0] += sample.terms_s[kind]
+                both[1] += seconds
+    return {key: measured / alone for key, (measured, alone) in sums.items()}
+
+
+def _deviation(samples: Sequence[Sample]) -> float:
+    found = [
+        sample.terms_s["stragglers"] / sample.terms_s["compute"] / expected_largest(sample.work.world_size)
+        for sample in samples
+        if sample.work.world_size > 1
+    ]
+    return statistics.median(found) if found else 0.0
+
+
+def _loader(samples: Sequence[Sample]) -> float | None:
+    waited = [sample for sample in samples if sample.terms_s["data"] > _DATA_WAITS * sample.step_s]
+    return statistics.median(sample.work.samples / sample.step_s for sample in waited) if waited else None

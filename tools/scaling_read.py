@@ -1,0 +1,116 @@
+"""What a measured point says: from the timings that its ranks left (cmpt/monitor/timings.py) to one record.
+
+Of every step, over the ranks: `compute` (masking, forward and backward pass, loss, records), `optimizer` and `data` are
+means of what ranks spent outside of collectives. A rank that comes late to a collective waits least in it, so the least
+wait of any rank is what the collective itself takes (`features`, `gradients`, `parameters`, `control`), and what the
+others wait longer is `stragglers`. The terms add up to the step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmpt.monitor.timings import FOLDER
+from step_model import COMMUNICATION
+
+COMPUTE_PLACES = ("mask", "data ahead", "gradient", "records")
+PLACES = (*COMPUTE_PLACES, "data", "optimizer")
+MEASURED_TERMS = ("compute", "optimizer", *COMMUNICATION, "stragglers", "data")
+
+Line = Mapping[str, Any]
+
+
+class TimingsError(ValueError):
+    """The timings of a run are not there, or not whole."""
+
+
+def read_timings(run_folder: Path, world_size: int, first: int, last: int) -> list[list[Line]]:
+    """Lines by step (first … last, counted from 1) and rank. Raises TimingsError where one is missing."""
+    ranks: list[dict[int, Line]] = []
+    for rank in range(world_size):
+        path = run_folder / FOLDER / f"rank_{rank:05d}.jsonl"
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+        except OSError as error:
+            raise TimingsError(f"{path}: {error.strerror}; do all hosts share this folder?") from error
+        ranks.append({line["step"]: line for line in lines})
+        missing = [step for step in range(first, last + 1) if step not in ranks[-1]]
+        if missing:
+            raise TimingsError(f"{path}: steps {missing[0]} to {missing[-1]} are missing")
+    return [[rank[step] for rank in ranks] for step in range(first, last + 1)]
+
+
+def step_terms_of(lines: Sequence[Line]) -> dict[str, float]:
+    """Seconds of one step by MEASURED_TERMS, `lines` being those of all ranks."""
+    waits = {kind: [rank_waits(line).get(kind, 0.0) for line in lines] for kind in COMMUNICATION}
+    terms = {
+        "compute": statistics.fmean(rank_compute(line) for line in lines),
+        "optimizer": statistics.fmean(line["places"].get("optimizer", 0.0) for line in lines),
+        "data": statistics.fmean(line["places"].get("data", 0.0) for line in lines),
+        "stragglers": sum(statistics.fmean(seconds) - min(seconds) for seconds in waits.values()),
+    }
+    terms |= {kind: min(seconds) for kind, seconds in waits.items()}
+    return {term: terms[term] for term in MEASURED_TERMS}
+
+
+def rank_compute(line: Line) -> float:
+    return sum(line["places"].get(place, 0.0) for place in COMPUTE_PLACES)
+
+
+def rank_waits(line: Line) -> dict[str, float]:
+    """Seconds in collectives by kind, in the places of a training step."""
+    found: dict[str, float] = {}
+    for place, waits in line["waits"].items():
+        for kind, seconds in waits.items() if place in PLACES else ():
+            found[kind] = found.get(kind, 0.0) + seconds
+    return found
+
+
+def calls_of(line: Line) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for place, calls in line["calls"].items():
+        for kind, count in calls.items() if place in PLACES else ():
+            found[kind] = found.get(kind, 0) + count
+    return found
+
+
+def measured(steps: Sequence[Sequence[Line]], batch_size: int) -> dict[str, Any]:
+    """The record of a point: means over the middle half of its steps by their time, so that a moment in which the
+    machine did something else does not count, and the terms still add up. `step_low_s`, `step_high_s`: of all steps."""
+    every = sorted(((sum(step_terms_of(lines).values()), number) for number, lines in enumerate(steps)))
+    quarter = len(every) // 4
+    chosen = [steps[number] for _, number in every[quarter : len(every) - quarter]]
+    terms = [step_terms_of(lines) for lines in chosen]
+    step_s = statistics.fmean(sum(found.values()) for found in terms)
+    lines = [line for step in chosen for line in step]
+    spreads = [statistics.pstdev([rank_compute(line) for line in step]) for step in chosen]
+    sent = {kind: statistics.fmean(line["sent_bytes"].get(kind, 0) for line in lines) for kind in COMMUNICATION}
+    samples = len(chosen) * batch_size
+    return {
+        "steps": len(chosen),
+        "step_s": step_s,
+        "step_low_s": every[0][0],
+        "step_high_s": every[-1][0],
+        "images_per_s": batch_size / step_s,
+        "terms_s": {term: statistics.fmean(found[term] for found in terms) for term in MEASURED_TERMS},
+        "compute_spread_s": statistics.fmean(spreads),
+        "sent_bytes": sent,
+        "calls": {kind: statistics.fmean(calls_of(line).get(kind, 0) for line in lines) for kind in COMMUNICATION},
+        "flops_per_sample": sum(step[0]["flops"] for step in chosen) / samples,
+        "image_tokens_per_sample": sum(step[0]["image_tokens"] for step in chosen) / samples,
+        "text_tokens_per_sample": sum(step[0]["text_tokens"] for step in chosen) / samples,
+        "peak_memory_bytes": [max(step[rank]["peak_memory_bytes"] for step in steps) for rank in range(len(steps[0]))],
+        "wire_bytes": wire_bytes(steps),
+        "step_seconds": [seconds for seconds, _ in sorted(every, key=lambda pair: pair[1])],
+    }
+
+
+def wire_bytes(steps: Sequence[Sequence[Line]]) -> float:
+    """Bytes that a host's network interfaces sent per step, the mean over hosts; all ranks of a host see the same."""
+    hosts = {line["host"]: rank for rank, line in enumerate(steps[0])}
+    spans = [steps[-1][rank]["wire_bytes"] - steps[0][rank]["wire_bytes"] for rank in hosts.values()]
+    return statistics.fmean(spans) / max(1, len(steps) - 1)

@@ -1,0 +1,318 @@
+"""What a study says: its points, the model fitted to them with its error, what it foretells; as text, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
+from cmpt.engine.traffic import expected_bytes, parameter_sizes
+from cmpt.models.clip import CLIP
+from cmpt.recipe.schema import Recipe
+from scaling_extrapolate import Curve, Shape, calls_at, largest_loss, moves, shares_of, strong, takeovers, weak
+from scaling_fit import Fit, Record, Sample, fit, held_out, samples_of, training_link
+from scaling_study import Point, Study, describe, point_recipe
+from step_model import Link
+
+BYTES = ("features", "gradients", "parameters")
+"""Kinds whose bytes arithmetic gives to the last one; "control" holds Python objects too."""
+_DEFAULT_PERSISTENCE = 100_000
+_PERSISTENCE = "stage3_param_persistence_threshold"
+COLUMNS = (
+    "point", "scaling", "nodes", "ranks_per_node", "world_size", "batch_size", "settings", "repeats", "status",
+    "images_per_s", "step_s", "efficiency", "compute_s", "optimizer_s", "features_s", "gradients_s", "parameters_s",
+    "control_s", "stragglers_s", "data_s", "predicted_step_s", "error", "peak_memory_bytes", "sent_bytes",
+    "expected_bytes", "wire_bytes", "cause",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Sent by one rank in a step, by kind of BYTES."""
+
+    counted: Mapping[str, float]
+    expected: Mapping[str, float]
+
+    @property
+    def apart(self) -> float:
+        """The largest difference of a kind, as a share of what is expected."""
+        return max(
+            abs(self.counted[kind] - expected) / expected if expected else float(self.counted[kind] > 0)
+            for kind, expected in self.expected.items()
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    study: Study
+    records: Sequence[Record]
+    samples: Sequence[Sample]
+    """Measured points; of repeats the middle one."""
+    fit: Fit | None
+    """None where nothing was measured."""
+    predicted: Mapping[str, Mapping[str, float]]
+    """By point: terms predicted by a fit to the others."""
+    bytes: Mapping[str, Bytes]
+    """By point with several ranks."""
+    curves: Sequence[Curve]
+    training_links: Mapping[str, Link]
+    """"inside" and "between", as training's own all-reduces show them."""
+
+    @property
+    def failed(self) -> list[Record]:
+        return [record for record in self.records if record["status"] == "failed"]
+
+    def error(self, sample: Sample) -> float | None:
+        """Predicted against measured step, as a share; None where nothing could be held out."""
+        terms = self.predicted.get(sample.name)
+        return None if terms is None else sum(terms.values()) / sample.step_s - 1
+
+    @property
+    def errors(self) -> list[float]:
+        return [abs(error) for sample in self.samples if (error := self.error(sample)) is not None]
+
+    def efficiency(self, sample: Sample) -> float | None:
+        """Images per second and process, against the fewest processes of the same scaling, settings and size."""
+        same = [other for other in self.samples if _series(other.record) == _series(sample.record)]
+        least = min(same, key=lambda other: other.work.world_size)
+        return _rate(sample) / sample.work.world_size / (_rate(least) / least.work.world_size)
+
+
+def _series(record: Record) -> tuple[Any, ...]:
+    size = record["batch_size"] // record["world_size"] if record["scaling"] == "weak" else record["batch_size"]
+    return record["scaling"], size, tuple(record["settings"].items())
+
+
+def _rate(sample: Sample) -> float:
+    return sample.record["batch_size"] / sample.step_s
+
+
+def build(study: Study, points: Sequence[Point], records: Sequence[Record], collectives: Sequence[Path]) -> Report:
+    """`collectives`: files of the benchmark on the study's sets of hosts. Records of other points are left out."""
+    by_name = {point.name: point for point in points}
+    records = [record for record in records if record["point"] in by_name]
+    recipes = {name: _with_vocabulary(point_recipe(study, point).recipe) for name, point in by_name.items()}
+    sizes = model_sizes(next(iter(recipes.values())))
+    samples = samples_of(records, recipes, sum(map(sum, sizes)))
+    if not samples:
+        return Report(study, records, [], None, {}, {}, [], {})
+    nccl = any(gpu in samples[0].record["device"] for gpu in ("NVIDIA", "GPU"))
+    found = fit(samples, collectives)
+    links = {name: training_link(samples, several) for name, several in (("inside", False), ("between", True))}
+    return Report(
+        study,
+        records,
+        samples,
+        found,
+        held_out(samples, collectives),
+        {s.name: _bytes(s, recipes[s.name], sizes, nccl) for s in samples if s.work.world_size > 1},
+        _curves(study, samples, recipes, sizes, nccl, found),
+        {name: link for name, link in links.items() if link is not None},
+    )
+
+
+def _with_vocabulary(recipe: Recipe) -> Recipe:
+    return with_vocabulary(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length))
+
+
+def model_sizes(recipe: Recipe) -> list[list[int]]:
+    """Of the parameters by optimizer group; no memory is taken for them."""
+    with torch.device("meta"):
+        clip = CLIP(recipe.model, recipe.image.size)
+    by_layer = recipe.optimizer.vision_layer_decay != 1 or recipe.optimizer.text_layer_decay != 1
+    return parameter_sizes(clip, by_layer)
+
+
+def _bytes(sample: Sample, recipe: Recipe, sizes: Sequence[Sequence[int]], nccl: bool) -> Bytes:
+    micro, rows = recipe.engine.micro_batch_size, round(sample.work.samples)
+    zero = recipe.engine.deepspeed.get("zero_optimization", {})
+    expected = expected_bytes(
+        sizes,
+        world_size=sample.work.world_size,
+        zero_stage=recipe.engine.zero_stage,
+        batch_size=sample.record["batch_size"],
+        embed_dim=recipe.model.embed_dim or 0,
+        loss=recipe.loss.kind,
+        parts=1 if micro is None or micro >= rows else -(-rows // micro),
+        nccl=nccl,
+        persistence_threshold=zero.get(_PERSISTENCE, _DEFAULT_PERSISTENCE),
+    )
+    return Bytes(sample.record["sent_bytes"], {kind: expected[kind] for kind in BYTES})
+
+
+def _curves(
+    study: Study,
+    samples: Sequence[Sample],
+    recipes: Mapping[str, Recipe],
+    sizes: Sequence[Sequence[int]],
+    nccl: bool,
+    found: Fit,
+) -> list[Curve]:
+    """Weak and strong scaling of every ZeRO stage at the most processes per node that were measured."""
+    per_node = max(sample.work.ranks_per_node for sample in samples)
+    curves = []
+    stages = sorted({recipes[s.name].engine.zero_stage for s in samples})
+    for stage in stages:
+        of_stage = [s for s in samples if recipes[s.name].engine.zero_stage == stage]
+        calls = calls_at(samples, stage)
+        if not calls:  # only single processes were measured: nothing is known of collectives
+            continue
+        recipe = recipes[of_stage[0].name]
+        towers = [s.work.tower_flops / s.work.samples for s in of_stage]
+        shape = Shape(recipe, sizes, statistics.fmean(towers), calls, nccl)
+        curves += [weak(shape, found, per_node, study.weak[0])] if study.weak else []
+        curves += [strong(shape, found, per_node, study.strong[0])] if study.strong else []
+    return curves
+
+
+def text(report: Report) -> str:
+    """Everything as Markdown tables and lines for the console."""
+    lines = [_points_table(report)]
+    if report.failed:
+        lines += ["", "failed:"]
+        lines += [f"- {r['point']}, repeat {r['repeat'] + 1}: {r['cause']}" for r in report.failed]
+    if report.fit is not None:
+        lines += ["", *_fit_lines(report)]
+    for curve in report.curves:
+        lines += ["", *_curve_lines(curve)]
+    return "\n".join(lines)
+
+
+def _points_table(report: Report) -> str:
+    head = ("point", "images/s", "efficiency", "s/step", "compute", "optimizer", "features", "gradients", "parameters",
+            "control", "stragglers", "data", "predicted", "error", "bytes apart", "GiB a rank")  # fmt: skip
+    rows = []
+    for sample in report.samples:
+        shares = shares_of(sample.terms_s)
+        error, sent = report.error(sample), report.bytes.get(sample.name)
+        predicted = sum(report.predicted.get(sample.name, {}).values())
+        efficiency = report.efficiency(sample)
+        rows.append(
+            (
+                sample.name,
+                f"{_rate(sample):,.1f}",
+                "" if efficiency is None else f"{100 * efficiency:.0f} %",
+                f"{sample.step_s:.3f}",
+                *(f"{100 * share:.1f} %" for share in shares.values()),
+                f"{predicted:.3f}" if predicted else "",
+                "" if error is None else f"{100 * error:+.0f} %",
+                "" if sent is None else f"{100 * sent.apart:.2f} %",
+                f"{max(sample.record['peak_memory_bytes']) / 2**30:.2f}",
+            )
+        )
+    ruler = "|-|" + "-:|" * (len(head) - 1)
+    return "\n".join([f"| {' | '.join(head)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _fit_lines(report: Report) -> list[str]:
+    found = report.fit
+    assert found is not None
+    lines = ["fitted:"]
+    for ranks, seconds in found.seconds_per_flop.items():
+        lines.append(f"- compute, {ranks} processes a node: {1e-9 / seconds:.1f} GFLOP/s each, "
+                     f"{1000 * found.fixed_s:.1f} ms whatever the batch")  # fmt: skip
+    for name, link in (("inside a node", found.inside), ("between nodes", found.between)):
+        if link.bytes_per_s != float("inf"):
+            lines.append(f"- link {name}: {link_text(link)}")
+    for name, link in report.training_links.items():
+        lines.append(f"- the same {name}, from training's own all-reduces: {link_text(link)}")
+    lines.append(f"- spread of compute over ranks: {100 * found.straggler_deviation:.1f} %")
+    if report.errors:
+        worst, middle = max(report.errors), statistics.median(report.errors)
+        lines.append(f"- every point predicted by a fit to the others: {100 * middle:.1f} % off in the median, "
+                     f"{100 * worst:.1f} % at most ({len(report.errors)} points)")  # fmt: skip
+    if report.bytes:
+        apart = max(found.apart for found in report.bytes.values())
+        lines.append(f"- bytes counted against arithmetic: at most {100 * apart:.3f} % apart")
+    return lines
+
+
+def link_text(link: Link) -> str:
+    return f"{8e-6 * link.bytes_per_s:,.1f} Mbit/s, {1000 * link.latency_s:.3f} ms a round"
+
+
+def _curve_lines(curve: Curve) -> list[str]:
+    lines = [f"{curve_title(curve)}, foretold:", "", "| nodes | images/s | efficiency | largest loss |", "|-:|-:|-:|-|"]
+    for nodes in curve.nodes:
+        term, share = largest_loss(curve, nodes)
+        efficiency = f"{100 * curve.efficiency(nodes):.1f} %"
+        lines.append(f"| {nodes} | {curve.images_per_s(nodes):,.0f} | {efficiency} | {term} {100 * share:.1f} % |")
+    found = [f"{term} from {nodes} nodes" for term, nodes in takeovers(curve).items() if nodes]
+    lines += ["", f"a tenth of the step or more: {', '.join(found) or 'no term'}"]
+    last = curve.nodes[-1]
+    moved = sorted(moves(curve, last).items(), key=lambda pair: -pair[1])
+    lines.append(f"images/s at {last:,} nodes would change " + "; ".join(f"{v:.2f} times with {n}" for n, v in moved))
+    return lines
+
+
+def curve_title(curve: Curve) -> str:
+    size = curve.batch_of(1)
+    what = f"{size} pairs per process" if curve.scaling == "weak" else f"batch {size:,}"
+    return f"{curve.scaling} scaling, ZeRO {curve.zero_stage}, {curve.ranks_per_node} processes a node, {what}"
+
+
+def write_csv(report: Report, path: Path) -> None:
+    """A line for every point, failed ones too; columns: COLUMNS."""
+    by_name = {sample.name: sample for sample in report.samples}
+    repeats: dict[str, list[Record]] = {}
+    for record in report.records:
+        repeats.setdefault(record["point"], []).append(record)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for name, records in repeats.items():
+            row: dict[str, Any] = {key: records[0][key] for key in COLUMNS[:6]}
+            row |= {"settings": describe(records[0]["settings"]), "repeats": len(records), "status": "failed"}
+            row["cause"] = "; ".join(record["cause"] for record in records if record["status"] == "failed")
+            if name in by_name:
+                row |= _csv_values(report, by_name[name])
+            writer.writerow(row)
+
+
+def _csv_values(report: Report, sample: Sample) -> dict[str, Any]:
+    sent = report.bytes.get(sample.name)
+    return {
+        "status": "done",
+        "images_per_s": _rate(sample),
+        "step_s": sample.step_s,
+        "efficiency": report.efficiency(sample),
+        **{f"{term}_s": seconds for term, seconds in sample.terms_s.items()},
+        "predicted_step_s": sum(report.predicted.get(sample.name, {}).values()) or None,
+        "error": report.error(sample),
+        "peak_memory_bytes": max(sample.record["peak_memory_bytes"]),
+        "sent_bytes": None if sent is None else sum(sent.counted[kind] for kind in BYTES),
+        "expected_bytes": None if sent is None else sum(sent.expected.values()),
+        "wire_bytes": sample.record["wire_bytes"],
+    }
+
+
+def write_json(report: Report, path: Path) -> None:
+    """The fit, its errors and what it foretells, for other programs (tools/plan.py --study)."""
+    found = report.fit
+    told: dict[str, Any] = {"points": len(report.samples), "failed": len(report.failed)}
+    if found is not None:
+        plain = asdict(found)
+        plain["exposed"] = {f"{kind} at ZeRO {stage}": share for (kind, stage), share in found.exposed.items()}
+        told |= {
+            "device": report.samples[0].record["device"],
+            "fit": plain,
+            "errors": {sample.name: report.error(sample) for sample in report.samples},
+            "bytes_apart": max((sent.apart for sent in report.bytes.values()), default=None),
+            "training_links": {name: asdict(link) for name, link in report.training_links.items()},
+            "curves": [
+                {
+                    "title": curve_title(curve),
+                    "efficiency": {nodes: curve.efficiency(nodes) for nodes in curve.nodes},
+                    "terms_s": {nodes: curve.terms(nodes) for nodes in curve.nodes},
+                }
+                for curve in report.curves
+            ],
+        }
+    path.write_text(json.dumps(told, indent=1).replace("Infinity", "null") + "\n")
