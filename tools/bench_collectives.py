@@ -73,9 +73,9 @@ def benchmark(sizes: Sequence[int], seconds: float, world: int, device: torch.de
             left_out[name] = str(error).splitlines()[0]
             continue
         for point in points:
-            point["sent_bytes"] = ring_bytes(point["bytes"], world, passes)
-        latency_s, bytes_per_s, error = fit_link(points)
-        ops[name] = {"points": points, "latency_s": latency_s, "bytes_per_s": bytes_per_s, "fit_error": error}
+            point["sent_bytes"] = ring_bytes(int(point["bytes"]), world, passes)
+        latency_s, bytes_per_s, off = fit_link(points)
+        ops[name] = {"points": points, "latency_s": latency_s, "bytes_per_s": bytes_per_s, "fit_error": off}
     return {
         "world_size": world,
         "hosts": gather_objects(socket.gethostname()),

@@ -129,17 +129,13 @@ def fit(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> Fit:
     """Raises ValueError without samples."""
     if not samples:
         raise ValueError("no point was measured: there is nothing to fit")
-    per_node = sorted({sample.work.ranks_per_node for sample in samples})
-    rows = []
-    for sample in samples:
-        flops = sample.work.tower_flops + sample.work.loss_flops
-        by_ranks = [flops if sample.work.ranks_per_node == ranks else 0.0 for ranks in per_node]
-        rows.append([1.0, sample.zero_stage in (1, 2), sample.zero_stage == 3, *by_ranks])
-    fixed, sharded, third, *rates = _solve(rows, [sample.terms_s["compute"] for sample in samples])
+    # One batch size cannot tell a constant from a rate; and a rate must be left, or more pairs would cost nothing.
+    several = len({sample.work.samples for sample in samples}) > 1
+    fixed, sharded, third, by_ranks = _compute(samples, several)
+    if not by_ranks:
+        fixed, sharded, third, by_ranks = _compute(samples, constant=False)
     optimizer = [[1.0, sample.zero_stage > 0, sample.work.stepped_elements] for sample in samples]
     constant, more, per_element = _solve(optimizer, [sample.terms_s["optimizer"] for sample in samples])
-    # Where a setting was left out of the fit its rate is 0: then that of the others is the nearest.
-    by_ranks = {ranks: rate for ranks, rate in zip(per_node, rates, strict=True) if rate > 0}
     measured_links = [_benchmarked(path) for path in collectives]
     inside = _link(samples, [link for nodes, link in measured_links if nodes == 1], several_nodes=False)
     between = _link(samples, [link for nodes, link in measured_links if nodes > 1], several_nodes=True)
@@ -157,6 +153,19 @@ def fit(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> Fit:
         loader_samples_per_s=_loader(samples),
     )
     return replace(found, exposed=_exposed(samples, found))
+
+
+def _compute(samples: Sequence[Sample], constant: bool) -> tuple[float, float, float, dict[int, float]]:
+    """(constant, more of it at stages 1 and 2, at 3, seconds per FLOP by ranks per node, without those that are 0)."""
+    per_node = sorted({sample.work.ranks_per_node for sample in samples})
+    rows = []
+    for sample in samples:
+        flops = sample.work.tower_flops + sample.work.loss_flops
+        by_node = [flops if sample.work.ranks_per_node == ranks else 0.0 for ranks in per_node]
+        of_stage = [constant and sample.zero_stage in (1, 2), constant and sample.zero_stage == 3]
+        rows.append([float(constant), *map(float, of_stage), *by_node])
+    fixed, sharded, third, *rates = _solve(rows, [sample.terms_s["compute"] for sample in samples])
+    return fixed, sharded, third, {ranks: rate for ranks, rate in zip(per_node, rates, strict=True) if rate > 0}
 
 
 def held_out(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> dict[str, dict[str, float]]:

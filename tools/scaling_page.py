@@ -60,7 +60,7 @@ def _series(report: Report) -> dict[str, list[Sample]]:
     for sample in report.samples:
         record = sample.record
         weak = record["scaling"] == "weak"
-        size = f"{record['batch_size'] // record['world_size']} pairs a process" if weak else f"{record['batch_size']}"
+        size = f"{record['batch_size'] // record['world_size']} each" if weak else f"batch {record['batch_size']:,}"
         name = f"{record['scaling']}, {size}" + (f", {describe(record['settings'])}" if record["settings"] else "")
         found.setdefault(name, []).append(sample)
     return {name: sorted(of, key=lambda s: s.work.world_size) for name, of in found.items()}
@@ -86,7 +86,8 @@ def _throughput(report: Report) -> str:
         linear = Line("linear", first.x, [first.y[0] * x / first.x[0] for x in first.x], dots=False, dashed=True,
                       colour=-1)  # fmt: skip
         ones = Line("linear", first.x, [1.0 for _ in first.x], dots=False, dashed=True, colour=-1)
-        caption = "Measured, over processes; bars reach from the slowest to the fastest step."
+        pairs = "; so many pairs for each process" if scaling == "weak" else ""
+        caption = f"Measured, over processes{pairs}; bars: slowest to fastest step."
         svg = lines(f"{scaling}-rate", [*rates, linear], log_y=len(first.x) > 2)
         drawn.append(plot_figure(svg, f"Images per second, {scaling} scaling", caption))
         svg = lines(f"{scaling}-share", [*shares, ones], percent=True)
@@ -188,6 +189,8 @@ def _foretold(report: Report) -> list[str]:
         "fast it is done is the fitted model's; latency grows with log2 of the processes, as in a tree, and the links "
         "are as fast between all nodes as between those that were measured."
     )
+    if report.fit is not None and report.fit.between.bytes_per_s == float("inf"):
+        note += " Only one host was measured: its own link stands in for the network between nodes."
     return [
         section("More nodes", f'<div class="plots">{"".join(shown)}</div>', note=note),
         section("Which term takes over", table(head, [_takeover(curve) for curve in curves])),

@@ -248,5 +248,6 @@ def run_name(point: Point, repeat: int) -> str:
 
 
 def describe(settings: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> str:
-    """Swept settings for people: "zero_stage 1, mask ratio 0.5"."""
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in dict(settings).items())
+    """Swept settings for people: "ZeRO 1, ratio 0.5"."""
+    names = {key: "ZeRO" if key == "engine.zero_stage" else key.rsplit(".", 1)[-1] for key in dict(settings)}
+    return ", ".join(f"{names[key]} {value}" for key, value in dict(settings).items())

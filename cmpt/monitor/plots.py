@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -67,7 +68,7 @@ def draw(plot: Plot) -> str:
 
 def as_svg(name: str, inches: tuple[float, float], paint: Callable[[Axes], None]) -> str:
     """What `paint` draws on empty axes, as an <svg> element in the colours of the page; `name` is unique on it."""
-    look = {
+    look: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",

@@ -32,8 +32,8 @@ def test_the_fit_shows_the_link_and_foretells_points_that_it_has_not_seen(
             "nodes": [1, 2],
             "weak": [32, 64],
             "sweep": {"engine.zero_stage": [1, 2, 3]},
-            "warmup_steps": 3,
-            "measured_steps": 8,
+            "warmup_steps": 2,
+            "measured_steps": 6,
             "launcher": ["--no_ssh_check", "--master_addr", hosts.names[0]],
         }
         path = tmp_path / "study.yaml"

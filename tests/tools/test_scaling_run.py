@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from test_scaling_study import study, study_file
+from small_studies import study, study_file
 
 import scaling
 from cmpt.recipe import RecipeError
@@ -30,7 +30,6 @@ QUICK: dict[str, Any] = {
     "environment": {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"},
     "overrides": ["guard.dry_run=false", "model.vision.layers=1", "model.text.layers=1"],
 }
-MISSING_WEIGHTS = {"model.init_from": [None, "nowhere.safetensors"]}
 LIMIT_S = 240.0
 
 
@@ -138,7 +137,9 @@ def test_a_failing_point_is_reported_and_the_rest_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    path = study_file(tmp_path, **QUICK, sweep=dict(reversed(MISSING_WEIGHTS.items())), name="s")
+    broken = tmp_path / "nowhere.safetensors"
+    broken.write_bytes(b"not weights")
+    path = study_file(tmp_path, **QUICK, sweep={"model.init_from": [str(broken), None]}, name="s")
     code = scaling.main([str(path)])
     told = capsys.readouterr().out
     assert code == 1, told

@@ -6,26 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import REPOSITORY
+from small_studies import study, study_file
 
 import scaling
 from cmpt.recipe import RecipeError
-from scaling_study import Study, load_study, point_recipe, study_hosts, study_points
-
-RECIPE = str(REPOSITORY / "recipes/quickstart.yaml")
-LOCAL: dict[str, Any] = {"recipe": RECIPE, "processes": [1, 2], "weak": [16], "sweep": {"engine.zero_stage": [1, 3]}}
-
-
-def study_file(folder: Path, **keys: Any) -> Path:
-    path = folder / "study.yaml"
-    tree = {**LOCAL, "folder": str(folder), **keys}
-    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
-    return path
-
-
-def study(folder: Path, **keys: Any) -> Study:
-    return load_study(study_file(folder, **keys))
+from scaling_study import Study, point_recipe, study_hosts, study_points
 
 
 def names(of: Study) -> list[str]:
