@@ -1,0 +1,310 @@
+"""What a recipe means on so many GPUs: tokens, FLOPs, steps, time by term, bytes, data and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from cmpt.engine.build import COMPUTE_DTYPES, deepspeed_config
+from cmpt.engine.dry_run import LargestBatch, largest_batch
+from cmpt.engine.plan import Plan, PlannedPhase
+from cmpt.engine.traffic import expected_bytes
+from cmpt.masking.fixed import kept_of
+from cmpt.masking.strategies import masking_at, most_kept
+from cmpt.models.flops import forward_flops, training_flops
+from cmpt.recipe import ResolvedPhase, phases
+from cmpt.recipe.paths import expand_shards
+from cmpt.recipe.schema import Engine, Recipe
+from gpus import GIB, Gpu
+from plan_memory import FP32, INPUTS, PATCHES, Largest, Peak, Sharding
+from step_model import Link, Machine, Work, step_terms
+
+LOADER_IMAGES_PER_CORE = 300.0
+"""Measured: bench_loader.py, 512 x 384 JPEG, CPU backend, one core of an Intel Xeon (tools/README.md)."""
+LATENCY_INSIDE_S, LATENCY_BETWEEN_S = 5e-6, 10e-6
+"""Assumed, per round of a collective; tools/bench_collectives.py measures them."""
+ADAMW_BYTES = 7 * FP32
+"""Per element: AdamW reads weight, gradient and two moments and writes all but the gradient."""
+CALLS = {"features": 2, "control": 1}
+"""Collectives of a step, whatever the stage."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the user has, and what of it was assumed."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+    mfu: float
+    network_bytes_per_s: float
+    """Of a node, one direction."""
+    link_bytes_per_s: float
+    memory_bytes: float
+    """Of a GPU that training may use."""
+    images_per_core: float = LOADER_IMAGES_PER_CORE
+    cores_per_gpu: float | None = None
+    """Of the node; None: not known."""
+    storage_bytes_per_s: float = 2e9
+    storage_given: bool = False
+    """Else it is an assumption."""
+    price_per_gpu_hour: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def machine(self) -> Machine:
+        """From data sheets; nothing of a collective is hidden by compute."""
+        return Machine(
+            flops_per_s=self.gpu.peak_bf16_flops * self.mfu,
+            optimizer_elements_per_s=self.gpu.memory_bytes_per_s / ADAMW_BYTES,
+            inside=Link(LATENCY_INSIDE_S, self.link_bytes_per_s),
+            between=Link(LATENCY_BETWEEN_S, self.network_bytes_per_s),
+        )
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    planned: PlannedPhase
+    patches: int
+    """Of a whole image."""
+    kept: float
+    """Patches per image that the tower sees, on average."""
+    words: float
+    """Tokens per caption, on average."""
+    forward_flops: float
+    """Per pair."""
+    flops: float
+    """Per pair, of training, with what is recomputed and the loss."""
+    terms: Mapping[str, float]
+    """Seconds of a step."""
+
+    @property
+    def steps(self) -> int:
+        return self.planned.last_step - self.planned.first_step
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def images_per_s(self) -> float:
+        return self.planned.batch_size / self.step_s
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_s / 3600
+
+
+@dataclass
+class Job:
+    """A recipe on a cluster. `machine`: how fast it is, where that is known better than from data sheets."""
+
+    recipe: Recipe
+    cluster: Cluster
+    caption_tokens: float
+    image_bytes: float
+    """Of an encoded image, on average."""
+    samples_per_epoch: int
+    machine: Machine
+
+    def __post_init__(self) -> None:
+        self.phases = phases(self.recipe)
+        self.plan = Plan(self.recipe, self.samples_per_epoch)
+
+    @property
+    def world_size(self) -> int:
+        return self.cluster.world_size
+
+    @property
+    def pairs(self) -> int:
+        """Of a rank; where the ranks do not divide the batch, of the rank with the most."""
+        return -(-self.recipe.engine.batch_size // self.world_size)
+
+    @cached_property
+    def largest_batch(self) -> LargestBatch:
+        """What the dry run before the first step tries; no step has more tokens."""
+        return largest_batch(self.recipe, self.phases, self.pairs)
+
+    @cached_property
+    def largest(self) -> Largest:
+        recipe, batch = self.recipe, self.largest_batch
+        return Largest(
+            recipe.model,
+            recipe.loss,
+            recipe.image.size,
+            batch.grid,
+            COMPUTE_DTYPES[recipe.engine.precision],
+            True,
+            lambda pairs: [batch.kept] * pairs,
+            lambda pairs: [batch.words] * pairs,
+            self.pairs,
+        )
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        return [list(group.values()) for group in self.largest.groups]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """By tower."""
+        found: dict[str, int] = {}
+        for group in self.largest.groups:
+            for name, size in group.items():
+                tower = name.split(".")[0] if "." in name else "temperature"
+                found[tower] = found.get(tower, 0) + size
+        return found
+
+    @property
+    def elements(self) -> int:
+        return sum(self.parameters.values())
+
+    def engine(self, stage: int) -> Engine:
+        offload = self.recipe.engine.offload_optimizer and stage > 0
+        return replace(self.recipe.engine, zero_stage=stage, offload_optimizer=offload)
+
+    def stage(self) -> int:
+        """That the recipe's runs as: one process alone has stage 0."""
+        return int(deepspeed_config(self.recipe.engine, self.world_size)["zero_optimization"]["stage"])
+
+    def memory(self, stage: int, micro: int | None) -> Peak:
+        """Of a GPU at another stage and micro-batch; of the largest batch."""
+        averaged = self.recipe.optimizer.ema_decay is not None
+        sharding = Sharding(self.largest.groups, self.engine(stage), self.world_size, averaged, touched=False)
+        return self.largest.peak(sharding, self.pairs, micro, self.inputs())
+
+    def fits(self, peak: Peak) -> bool:
+        return peak.bytes <= self.cluster.memory_bytes
+
+    def micro_batches(self) -> list[int | None]:
+        """None and its halvings."""
+        found: list[int | None] = [None]
+        half = self.pairs
+        while half > 1:
+            half = -(-half // 2)
+            found.append(half)
+        return found
+
+    def largest_micro(self, stage: int) -> int | None:
+        """The most pairs at once that fit, up to all of a rank's; None: not even one."""
+        for micro in self.micro_batches():
+            if self.fits(self.memory(stage, micro)):
+                return self.pairs if micro is None else micro
+        return None
+
+    def inputs(self) -> dict[str, float]:
+        """Of the dry run: a batch as fp32 patches, and pixels and patches of the one that is masked beside it."""
+        batch, values = self.largest_batch, 3 * (self.recipe.model.patch_size or 1) ** 2
+        kept = batch.pairs * batch.kept * values
+        ahead = batch.pairs * batch.grid[0] * batch.grid[1] * values
+        ahead += kept * torch.empty(0, dtype=COMPUTE_DTYPES[self.recipe.engine.precision]).element_size()
+        return {PATCHES: FP32 * kept, INPUTS: ahead}
+
+    def sent_bytes(self, stage: int, world_size: int | None = None) -> dict[str, int]:
+        """By kind, that one rank sends in a step."""
+        recipe, world = self.recipe, world_size or self.world_size
+        micro = recipe.engine.micro_batch_size
+        pairs = max(1, recipe.engine.batch_size // world)
+        return expected_bytes(
+            self.sizes,
+            world_size=world,
+            zero_stage=stage,
+            batch_size=recipe.engine.batch_size,
+            embed_dim=recipe.model.embed_dim or 0,
+            loss=recipe.loss.kind,
+            parts=1 if micro is None else max(1, -(-pairs // micro)),
+        )
+
+    def calls(self, stage: int) -> dict[str, float]:
+        buckets = -(-self.elements // self.recipe.engine.bucket_elements)
+        fetches = -(-self.elements // 50_000_000) if stage == 3 else len(self.sizes) if stage else 0
+        return {**CALLS, "gradients": buckets, "parameters": fetches}
+
+    @cached_property
+    def cached(self) -> bool:
+        micro = self.recipe.engine.micro_batch_size
+        return micro is not None and micro < self.pairs
+
+    @cached_property
+    def phase_plans(self) -> list[PhasePlan]:
+        return [self.phase_plan(planned) for planned in self.plan.phases]
+
+    def phase_plan(self, planned: PlannedPhase) -> PhasePlan:
+        recipe, stage, phase = self.recipe, self.stage(), planned.phase
+        side = phase.image.size // (recipe.model.patch_size or 1)
+        kept, words = mean_kept(phase, side), self.words(phase)
+        rows = recipe.engine.batch_size / self.world_size
+        # FLOPs of attention are those of equal lengths at the mean; of spread ones they are a little more.
+        image_lengths, text_lengths = [round(kept)], [round(words)]
+        forward = forward_flops(recipe.model, image_lengths, text_lengths)
+        towers = training_flops(recipe.model, image_lengths, text_lengths, 0, self.cached)
+        flops = training_flops(recipe.model, image_lengths, text_lengths, recipe.engine.batch_size, self.cached)
+        work = Work(
+            world_size=self.world_size,
+            ranks_per_node=self.cluster.gpus_per_node,
+            samples=rows,
+            tower_flops=towers * rows,
+            loss_flops=(flops - towers) * rows,
+            stepped_elements=self.elements / (self.world_size if stage else 1),
+            sent_bytes=self.sent_bytes(stage),
+            calls=self.calls(stage),
+        )
+        terms = step_terms(work, self.machine)
+        return PhasePlan(planned, side * side, kept, words, forward, flops, terms)
+
+    def words(self, phase: ResolvedPhase) -> float:
+        return min(self.caption_tokens, self.recipe.model.context_length, phase.text_masking.tokens or 10**9)
+
+    @property
+    def hours(self) -> float:
+        return sum(phase.hours for phase in self.phase_plans)
+
+    @property
+    def steps(self) -> int:
+        return self.plan.total_steps
+
+    @property
+    def fastest_images_per_s(self) -> float:
+        """Of the phase that needs most data."""
+        return max(phase.images_per_s for phase in self.phase_plans)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """fp32 weights, two moments, and the average where one is kept."""
+        return FP32 * self.elements * (3 + (self.recipe.optimizer.ema_decay is not None))
+
+    @property
+    def checkpoint_steps(self) -> int:
+        return next((step for step in range(1, self.steps + 1) if self.plan.saves(step)), self.steps)
+
+    @cached_property
+    def shards(self) -> int | None:
+        """How many the recipe names; None where wildcards match nothing here."""
+        counts = [len(expand_shards(url)) for source in self.recipe.data.train for url in source.urls]
+        return sum(counts) if counts and all(counts) else None
+
+
+def mean_kept(phase: ResolvedPhase, side: int) -> float:
+    """Patches per image that a phase keeps on average: what the recipe aims at."""
+    masking, patches = phase.masking, side * side
+    if masking.strategy in ("none", "grid"):
+        return most_kept(masking, (side, side))
+    ends = [masking_at(masking, progress).ratio for progress in (0.0, 1.0)]
+    if masking.strategy == "cluster":
+        return patches * (1 - sum(ends) / 2)
+    return sum(kept_of(patches, ratio) for ratio in ends) / 2
+
+
+def usable_bytes(gpu: Gpu, memory_gib: float | None, reserve_gib: float) -> float:
+    return (gpu.memory_bytes if memory_gib is None else memory_gib * GIB) - reserve_gib * GIB
+
+
+def nearest_counts(streams: int, wanted: int, gpus_per_node: int) -> Sequence[int]:
+    """World sizes of whole nodes that divide the streams: the next ones below and above the wanted one."""
+    fitting = [size for size in range(gpus_per_node, streams + 1, gpus_per_node) if streams % size == 0]
+    below, above = [size for size in fitting if size < wanted], [size for size in fitting if size > wanted]
+    return [*below[-1:], *above[:1]]
