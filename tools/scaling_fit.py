@@ -1,6 +1,6 @@
 """Fits the step model (step_model.py) to measured points, and checks it on points that it was not fitted to.
 
-What is fitted, all by least squares without negative values and of relative errors:
+What is fitted, all by robust least squares without negative values and of relative errors:
 
     compute     seconds per FLOP (its own for every number of processes per node, which share memory and clock), a
                 constant, and a constant more at ZeRO stages 1 and 2 and at 3
@@ -32,6 +32,7 @@ from step_model import COMMUNICATION, Link, Machine, Work, expected_largest, rou
 
 Record = Mapping[str, Any]
 NO_LINK = Link(0.0, float("inf"))
+_LARGE, _REWEIGHTINGS = 0.05, 10
 _DATA_WAITS = 0.02
 """Share of the step from which on the loader is what the step waits for."""
 
@@ -197,11 +198,19 @@ def training_link(samples: Sequence[Sample], several_nodes: bool) -> Link | None
 
 
 def _solve(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
-    """Least squares of relative errors, no coefficient below 0; columns are scaled: they differ by powers of ten."""
+    """Least squares of relative errors, no coefficient below 0; columns are scaled: they differ by powers of ten.
+
+    Errors above _LARGE count less than their square (Huber 1964, doi 10.1214/aoms/1177703732), so that a point in which
+    a shared machine was busy does not bend the fit.
+    """
     weights = 1 / np.maximum(np.asarray(values, dtype=float), 1e-9)
     matrix = np.asarray(rows, dtype=float) * weights[:, None]
     scale = np.where(matrix.max(axis=0) > 0, matrix.max(axis=0), 1.0)
-    found, _ = nnls(matrix / scale, np.ones(len(values)))
+    trust = np.ones(len(values))
+    for _ in range(_REWEIGHTINGS):
+        found, _ = nnls(matrix / scale * trust[:, None], trust)
+        error = np.abs(matrix / scale @ found - 1)
+        trust = np.sqrt(_LARGE / np.maximum(error, _LARGE))
     return [float(value) for value in found / scale]
 
 

@@ -200,9 +200,9 @@ def changed(value: object) -> object:
 
 FREE = {"run.name", "run.folder", "run.overwrite", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints",
         "run.stop_after", "data.heldout", "data.category_field", "engine.zero_stage", "data.cache_folder",
-        "run.timings", "data.workers", "data.prefetch_batches", "data.cache", "data.cache_limit_bytes", "data.fetch_workers",
+        "data.workers", "data.prefetch_batches", "data.cache", "data.cache_limit_bytes", "data.fetch_workers",
         "data.fetch_attempts", "data.fetch_timeout_s", "data.allow_pipe", "data.broken_shards", "data.stall_s",
-        "decode.backend",
+        "decode.backend", "run.timings",
         "decode.threads", "decode.hardware_share", "model.preset", "model.init_from", "model.activation_checkpointing",
         "engine.micro_batch_size", "loss.chunk_rows", "run.keep_checkpoints_hours", "run.copy_checkpoints_to",
         "engine.offload_optimizer", "engine.overlap_communication", "engine.bucket_elements",

@@ -106,6 +106,13 @@ def test_points_are_foretold_that_the_fit_has_not_seen(noise: float, tmp_path: P
         assert len(errors) == 18 and max(errors) < (0.02 if noise == 0 else 0.12)
 
 
+def test_a_point_in_which_the_machine_was_busy_does_not_bend_the_fit() -> None:
+    samples = one_host(noise=0.02)
+    busy = replace(samples[3], terms_s={**samples[3].terms_s, "compute": 3 * samples[3].terms_s["compute"]})
+    found = fit([*samples[:3], busy, *samples[4:]])
+    assert found.seconds_per_flop == pytest.approx(BY_PROCESSES, rel=0.1)
+
+
 def test_a_held_out_point_is_not_in_its_own_fit() -> None:
     samples = one_host()
     odd = replace(samples[-1], terms_s={**samples[-1].terms_s, "compute": 50.0}, step_s=50.0)
