@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,9 @@ def build_index(path: Path, url: str) -> ShardIndex:
 
 _ARRAYS = ("key_bytes", "key_end_N", "repeated_R", "member_end_N", "extension_M", "offset_M", "size_M")
 _TEXTS = ("extensions", "fault", "digest")
+# NumPy parses the header of every array with `ast`; with several threads at it CPython 3.11 raises a SystemError now
+# and then (python/cpython issue 106905; seen once with 3.11.7).
+_PARSING = threading.Lock()
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
@@ -147,7 +151,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 def load_index(path: Path) -> ShardIndex | None:
     """The index in a file; None where there is none, or where a crash left a broken one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with _PARSING, np.load(path, allow_pickle=False) as file:
             texts = {name: file[name].tobytes().decode().split("\0") for name in _TEXTS}
             return ShardIndex(
                 extensions=tuple(texts["extensions"]) if len(file["member_end_N"]) else (),
