@@ -20,12 +20,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 COLOURS = ("#2f6fde", "#d9730d", "#12946a", "#8a4fd0")
-INK, MUTED, GRID = "#3a414d", "#7a8290", "#e4e7ec"
+INK, MUTED, GRID, PAPER = "#3a414d", "#7a8290", "#e4e7ec", "#ffffff"
 _ROLES = {
     **{colour: f"var(--curve-{number})" for number, colour in enumerate(COLOURS, 1)},
     INK: "var(--ink-soft)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
+    PAPER: "var(--page)",
 }
 _MOST_POINTS = 600  # of one curve; more than a column of pixels each only makes the file large
 
