@@ -55,6 +55,7 @@ def measure(hosts: Hosts, size_bytes: int) -> tuple[float, float]:
         server.wait()
 
 
+@pytest.mark.slow  # a busy machine delays and slows any link
 @pytest.mark.multiprocess
 def test_a_link_has_the_bandwidth_and_delay_that_were_set(tmp_path: Path) -> None:
     folder = tmp_path / "hosts"
