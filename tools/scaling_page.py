@@ -18,6 +18,8 @@ from scaling_report import BYTES, Report
 from scaling_study import describe
 
 _MOST_HOSTS = 8
+_MOST_MODELLED = 6
+"""Settings in a plot whose fitted model can still be told apart from what was measured."""
 
 Groups = Mapping[tuple[str, int], Mapping[str, Sequence[Sample]]]
 """Points by (scaling, size), the size being pairs per process or the global batch, then by settings."""
@@ -164,7 +166,7 @@ def _throughput(report: Report, groups: Groups) -> str:
                     [_rate(s) for s in of],
                     [s.record["batch_size"] / s.record["step_high_s"] for s in of],
                     [s.record["batch_size"] / s.record["step_low_s"] for s in of],
-                    _modelled(report, of),
+                    _modelled(report, of) if len(settings) <= _MOST_MODELLED else None,
                     colours[setting],
                 )
             )
@@ -185,8 +187,8 @@ def _throughput(report: Report, groups: Groups) -> str:
     if plots:
         told = (
             "Weak scaling gives every process as many pairs, strong scaling shares one batch among them. Dots are "
-            "measured; crosses are what the model says that was fitted to them. Linear is the mean at the fewest "
-            "processes, times their number."
+            "measured; crosses, where there is room for them, are what the model says that was fitted to the dots. "
+            "Linear is the mean at the fewest processes, times their number."
         )
     if alone:
         svg = values("rate-alone", alone)
