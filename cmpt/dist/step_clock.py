@@ -13,7 +13,7 @@ lies before is hidden by compute.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,28 +138,31 @@ class StepClock:
     def take(self) -> list[Spent]:
         """The steps that are over, on the device too, and were not taken before."""
         taken = []
-        while self._past and self._stamps.passed(self._past[0][1][-1].end):
-            step, places, calls = self._past.popleft()
-            if all(place.beside is None or self._stamps.passed(place.beside[2]) for place in places):
-                taken.append(self._sum(step, places, calls))
+        while self._past and self._over(self._past[0][1]):
+            taken.append(self._sum(*self._past.popleft()))
         return taken
 
+    def _over(self, places: list[_Place]) -> bool:
+        """On the device, on other streams too."""
+        ends = [places[-1].end, *(place.beside[2] for place in places if place.beside is not None)]
+        return all(self._stamps.passed(end) for end in ends)
+
     def _sum(self, step: int, places: list[_Place], calls: dict[str, Counter[str]]) -> Spent:
-        own: Counter[str] = Counter()
-        waits: dict[str, Counter[str]] = {}
+        own: dict[str, float] = defaultdict(float)
+        waits: dict[str, dict[str, float]] = {}
         seconds = self._stamps.seconds
         for place in places:
-            held = waits.setdefault(place.name, Counter())
+            held = waits.setdefault(place.name, defaultdict(float))
             left = seconds(place.begin, place.end)
             for kind, begin, end in place.waits:
-                held[kind] += seconds(begin, end)  # type: ignore[assignment]
+                held[kind] += seconds(begin, end)
                 left -= seconds(begin, end)
             if place.beside is not None:
                 kind, begin, end = place.beside
                 exposed = min(max(0.0, seconds(begin, end)), max(0.0, left))
-                held[kind] += exposed  # type: ignore[assignment]
+                held[kind] += exposed
                 left -= exposed
-            own[place.name] += left  # type: ignore[assignment]
+            own[place.name] += left
         return Spent(step, dict(own), {n: dict(w) for n, w in waits.items()}, {n: dict(c) for n, c in calls.items()})
 
 

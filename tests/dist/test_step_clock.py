@@ -84,6 +84,20 @@ def test_nothing_is_read_before_the_device_has_passed_the_step_s_end(hands: Hand
     assert [spent.step for spent in clock.take()] == [1]
 
 
+def test_a_step_waits_for_its_collectives_on_other_streams_and_is_not_lost(hands: Hands) -> None:
+    clock = StepClock(hands)
+    clock.at("gradient", 0)
+    hands.stream, hands.main = "reduction", 1.0
+    with clock.waiting("gradients"):
+        hands.time = 5.0
+    hands.stream, hands.time = "main", 2.0  # the main stream has passed the step while the other still works
+    clock.at("data", 1)
+    hands.device_at = 3.0
+    assert clock.take() == []
+    hands.device_at = 5.0
+    assert [spent.step for spent in clock.take()] == [0]
+
+
 def test_of_collectives_beside_the_main_stream_only_what_is_left_after_its_work_counts(hands: Hands) -> None:
     """Two reductions beside the backward pass; the second began where the main stream had no more work, at 3.0."""
     clock = StepClock(hands)
