@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from cmpt.engine.build import deepspeed_config
+from cmpt.engine.traffic import PERSISTENCE_THRESHOLD
 from cmpt.models.clip import parameter_groups
 from cmpt.recipe.schema import Engine, Loss, Model
 from plan_activations import (
@@ -51,7 +52,7 @@ _STAGE_0_BUCKET = 500_000_000
 _DEFAULTS = {
     "stage3_max_reuse_distance": 10**9,
     "stage3_prefetch_bucket_size": 5 * 10**7,
-    "stage3_param_persistence_threshold": 10**5,
+    "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
 }
 
 Named = Mapping[str, int]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from cmpt.engine.build import COMPUTE_DTYPES, deepspeed_config
 from cmpt.engine.dry_run import LargestBatch, largest_batch
 from cmpt.engine.plan import Plan, PlannedPhase
-from cmpt.engine.traffic import expected_bytes
+from cmpt.engine.traffic import recipe_bytes
 from cmpt.masking.fixed import kept_of
 from cmpt.masking.strategies import masking_at, most_kept
 from cmpt.models.flops import forward_flops, training_flops
@@ -167,9 +168,15 @@ class Job:
         offload = self.recipe.engine.offload_optimizer and stage > 0
         return replace(self.recipe.engine, zero_stage=stage, offload_optimizer=offload)
 
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """What DeepSpeed is told of ZeRO."""
+        told: Mapping[str, Any] = deepspeed_config(self.recipe.engine, self.world_size)["zero_optimization"]
+        return told
+
     def stage(self) -> int:
         """That the recipe's runs as: one process alone has stage 0."""
-        return int(deepspeed_config(self.recipe.engine, self.world_size)["zero_optimization"]["stage"])
+        return int(self.zero["stage"])
 
     def memory(self, stage: int, micro: int | None) -> Peak:
         """Of a GPU at another stage and micro-batch; of the largest batch."""
@@ -189,13 +196,6 @@ class Job:
             found.append(half)
         return found
 
-    def largest_micro(self, stage: int) -> int | None:
-        """The most pairs at once that fit, up to all of a rank's; None: not even one."""
-        for micro in self.micro_batches():
-            if self.fits(self.memory(stage, micro)):
-                return self.pairs if micro is None else micro
-        return None
-
     def inputs(self) -> dict[str, float]:
         """Of the dry run: a batch as fp32 patches, and pixels and patches of the one that is masked beside it."""
         batch, values = self.largest_batch, 3 * (self.recipe.model.patch_size or 1) ** 2
@@ -206,18 +206,8 @@ class Job:
 
     def sent_bytes(self, stage: int, world_size: int | None = None) -> dict[str, int]:
         """By kind, that one rank sends in a step."""
-        recipe, world = self.recipe, world_size or self.world_size
-        micro = recipe.engine.micro_batch_size
-        pairs = max(1, recipe.engine.batch_size // world)
-        return expected_bytes(
-            self.sizes,
-            world_size=world,
-            zero_stage=stage,
-            batch_size=recipe.engine.batch_size,
-            embed_dim=recipe.model.embed_dim or 0,
-            loss=recipe.loss.kind,
-            parts=1 if micro is None else max(1, -(-pairs // micro)),
-        )
+        world = world_size or self.world_size
+        return recipe_bytes(self.recipe, self.sizes, world, self.recipe.engine.batch_size, zero_stage=stage)
 
     def calls(self, stage: int) -> dict[str, float]:
         buckets = -(-self.elements // self.recipe.engine.bucket_elements)

@@ -91,17 +91,12 @@ def _memory(job: Job, memory: MemoryTable) -> Iterator[str]:
             told = "stage 3 buys nothing" if sent[3] >= sent[at] else "stage 3 is not needed for memory"
             yield f"{told}: stage {at} fits too ({more:+.1f} GiB), and stage 3 moves {moved}"
     if stage and 2 * job.elements <= engine.bucket_elements:
-        buckets = 2 if stage < 3 and memory_overlaps(job) else 1
+        buckets = 2 if stage < 3 and job.zero["overlap_comm"] else 1
         taken = 4 * engine.bucket_elements * buckets / GIB
         yield (
             f"engine.bucket_elements = {engine.bucket_elements:,} is more than the model's {job.elements:,} "
             f"parameters, and DeepSpeed takes all of it: {taken:.1f} GiB per GPU; {job.elements:,} would do"
         )
-
-
-def memory_overlaps(job: Job) -> bool:
-    overlap = job.recipe.engine.overlap_communication
-    return job.stage() > 1 if overlap is None else overlap
 
 
 def _rates(job: Job) -> Iterator[str]:

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cmpt.engine.traffic import expected_bytes
+from cmpt.engine.traffic import recipe_bytes
+from cmpt.models.flops import loss_flops
 from cmpt.recipe.schema import Recipe
-from scaling_fit import Fit, Sample, loss_flops
+from scaling_fit import Fit, Sample
 from step_model import COMMUNICATION, Link, Machine, Work, step_terms
 
 NODES = tuple(2**power for power in range(11))
@@ -34,17 +35,7 @@ class Shape:
         """What a rank does in a step at this world size, whether or not the recipe's streams allow it."""
         engine, model = self.recipe.engine, self.recipe.model
         rows, parameters = batch_size / world_size, sum(map(sum, self.sizes))
-        micro = engine.micro_batch_size
-        sent = expected_bytes(
-            self.sizes,
-            world_size=world_size,
-            zero_stage=engine.zero_stage,
-            batch_size=batch_size,
-            embed_dim=model.embed_dim or 0,
-            loss=self.recipe.loss.kind,
-            parts=1 if micro is None else max(1, round(rows / micro)),
-            nccl=self.nccl,
-        )
+        sent = recipe_bytes(self.recipe, self.sizes, world_size, batch_size, self.nccl)
         return Work(
             world_size=world_size,
             ranks_per_node=ranks_per_node,
@@ -81,9 +72,9 @@ class Curve:
         """Those of NODES at which every rank has a pair."""
         return [n for n in NODES if self.batch_of(n * self.ranks_per_node) >= n * self.ranks_per_node]
 
-    def terms(self, nodes: int, machine: Machine | None = None, shape: Shape | None = None) -> dict[str, float]:
+    def terms(self, nodes: int, machine: Machine | None = None) -> dict[str, float]:
         world = nodes * self.ranks_per_node
-        work = (shape or self.shape).work(world, self.ranks_per_node, self.batch_of(world))
+        work = self.shape.work(world, self.ranks_per_node, self.batch_of(world))
         return step_terms(work, machine or self.machine)
 
     def images_per_s(self, nodes: int, machine: Machine | None = None) -> float:
@@ -95,15 +86,16 @@ class Curve:
 
 
 def weak(shape: Shape, fit: Fit, ranks_per_node: int, pairs: int) -> Curve:
-    stage = shape.recipe.engine.zero_stage
-    machine = fit.machine(stage, ranks_per_node)
-    return Curve("weak", stage, ranks_per_node, lambda world: pairs * world, shape, machine)
+    return _curve("weak", shape, fit, ranks_per_node, lambda world: pairs * world)
 
 
 def strong(shape: Shape, fit: Fit, ranks_per_node: int, batch_size: int) -> Curve:
+    return _curve("strong", shape, fit, ranks_per_node, lambda world: batch_size)
+
+
+def _curve(scaling: str, shape: Shape, fit: Fit, ranks_per_node: int, batch_of: Callable[[int], int]) -> Curve:
     stage = shape.recipe.engine.zero_stage
-    machine = fit.machine(stage, ranks_per_node)
-    return Curve("strong", stage, ranks_per_node, lambda world: batch_size, shape, machine)
+    return Curve(scaling, stage, ranks_per_node, batch_of, shape, fit.machine(stage, ranks_per_node))
 
 
 def takeovers(curve: Curve) -> dict[str, int | None]:

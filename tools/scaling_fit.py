@@ -27,10 +27,13 @@ import numpy as np
 from scipy.optimize import nnls
 
 from bench_collectives import fit_link, read_collectives
+from cmpt.models.flops import loss_flops
 from scaling_read import MEASURED_TERMS
 from step_model import COMMUNICATION, Link, Machine, Work, expected_largest, rounds, step_terms
 
 Record = Mapping[str, Any]
+NodesLink = tuple[int, Link]
+"""A benchmarked link, and the number of nodes that it joined."""
 NO_LINK = Link(0.0, float("inf"))
 _LARGE, _REWEIGHTINGS = 0.05, 10
 _DATA_WAITS = 0.02
@@ -47,6 +50,16 @@ class Sample:
     work: Work
     terms_s: Mapping[str, float]
     step_s: float
+
+    @property
+    def images_per_s(self) -> float:
+        return float(self.record["batch_size"] / self.step_s)
+
+    @property
+    def size(self) -> int:
+        """Pairs per process in weak scaling, the global batch in strong scaling."""
+        batch = self.record["batch_size"]
+        return int(batch // self.work.world_size if self.record["scaling"] == "weak" else batch)
 
 
 @dataclass(frozen=True)
@@ -93,11 +106,6 @@ class Fit:
         return step_terms(sample.work, self.machine(sample.zero_stage, sample.work.ranks_per_node))
 
 
-def loss_flops(batch_size: int, rows: float, embed_dim: int, loss: str) -> float:
-    """Of a rank with so many rows of logits: each direction is one product forward and two backward."""
-    return (2 if loss == "infonce" else 1) * 6.0 * rows * batch_size * embed_dim
-
-
 def samples_of(records: Iterable[Record], recipes: Mapping[str, Any], parameters: int) -> list[Sample]:
     """The points that were measured, in their order; `recipes` by point name, `parameters` of the model."""
     by_point: dict[str, list[Record]] = {}
@@ -126,8 +134,8 @@ def samples_of(records: Iterable[Record], recipes: Mapping[str, Any], parameters
     return found
 
 
-def fit(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> Fit:
-    """Raises ValueError without samples."""
+def fit(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> Fit:
+    """`links` as `read_links` has them. Raises ValueError without samples."""
     if not samples:
         raise ValueError("no point was measured: there is nothing to fit")
     # One batch size cannot tell a constant from a rate; and a rate must be left, or more pairs would cost nothing.
@@ -137,9 +145,8 @@ def fit(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> Fit:
         fixed, sharded, third, by_ranks = _compute(samples, constant=False)
     optimizer = [[1.0, sample.zero_stage > 0, sample.work.stepped_elements] for sample in samples]
     constant, more, per_element = _solve(optimizer, [sample.terms_s["optimizer"] for sample in samples])
-    measured_links = [_benchmarked(path) for path in collectives]
-    inside = _link(samples, [link for nodes, link in measured_links if nodes == 1], several_nodes=False)
-    between = _link(samples, [link for nodes, link in measured_links if nodes > 1], several_nodes=True)
+    inside = _link(samples, [link for nodes, link in links if nodes == 1], several_nodes=False)
+    between = _link(samples, [link for nodes, link in links if nodes > 1], several_nodes=True)
     found = Fit(
         seconds_per_flop=by_ranks,
         fixed_s=fixed,
@@ -169,13 +176,12 @@ def _compute(samples: Sequence[Sample], constant: bool) -> tuple[float, float, f
     return fixed, sharded, third, {ranks: rate for ranks, rate in zip(per_node, rates, strict=True) if rate > 0}
 
 
-def held_out(samples: Sequence[Sample], collectives: Sequence[Path] = ()) -> dict[str, dict[str, float]]:
+def held_out(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> dict[str, dict[str, float]]:
     """By point: terms that a fit to all other points predicts. A study of one point has none to hold out."""
     if len(samples) < 2:
         return {}
     return {
-        sample.name: fit([other for other in samples if other is not sample], collectives).terms(sample)
-        for sample in samples
+        sample.name: fit([other for other in samples if other is not sample], links).terms(sample) for sample in samples
     }
 
 
@@ -214,12 +220,15 @@ def _solve(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[flo
     return [float(value) for value in found / scale]
 
 
-def _benchmarked(path: Path) -> tuple[int, Link]:
-    """(nodes, link of its all-reduce); the benchmark's latency is that of a whole call."""
-    measured = read_collectives(path)
-    latency, bandwidth, _ = fit_link(measured["ops"]["all_reduce"]["points"])
-    nodes = len(set(measured["hosts"]))
-    return nodes, Link(latency / max(1, rounds(measured["world_size"], ring=False)), bandwidth)
+def read_links(collectives: Iterable[Path]) -> list[NodesLink]:
+    """The link of the all-reduce in each file of the benchmark, whose latency is that of a whole call."""
+    found = []
+    for path in collectives:
+        measured = read_collectives(path)
+        latency, bandwidth, _ = fit_link(measured["ops"]["all_reduce"]["points"])
+        hops = max(1, rounds(measured["world_size"], ring=False))
+        found.append((len(set(measured["hosts"])), Link(latency / hops, bandwidth)))
+    return found
 
 
 def _link(samples: Sequence[Sample], benchmarked: Sequence[Link], several_nodes: bool) -> Link:

@@ -40,10 +40,8 @@ def write_page(report: Report, path: Path) -> Path:
 def grouped(samples: Iterable[Sample]) -> Groups:
     found: dict[tuple[str, int], dict[str, list[Sample]]] = {}
     for sample in samples:
-        record = sample.record
-        size = record["batch_size"] // record["world_size"] if record["scaling"] == "weak" else record["batch_size"]
-        settings = found.setdefault((record["scaling"], size), {})
-        settings.setdefault(describe(record["settings"]) or "the recipe", []).append(sample)
+        settings = found.setdefault((sample.record["scaling"], sample.size), {})
+        settings.setdefault(describe(sample.record["settings"]) or "the recipe", []).append(sample)
     return {
         group: {name: sorted(of, key=lambda sample: sample.work.world_size) for name, of in sorted(settings.items())}
         for group, settings in sorted(found.items(), key=lambda item: (item[0][0] != "weak", item[0][1]))
@@ -75,10 +73,6 @@ def _processes(sample: Sample) -> str:
 def _label(sample: Sample) -> str:
     settings = describe(sample.record["settings"])
     return _processes(sample) + (f", {settings}" if settings else "")
-
-
-def _rate(sample: Sample) -> float:
-    return sample.record["batch_size"] / sample.step_s
 
 
 def _head(report: Report, groups: Groups) -> str:
@@ -154,7 +148,9 @@ def _throughput(report: Report, groups: Groups) -> str:
     for group, settings in groups.items():
         name, key = _group_name(group), f"{group[0]}-{group[1]}"
         if not _scales(settings):
-            alone[name] = [(_label(s), _rate(s), rate_text(_rate(s))) for of in settings.values() for s in of]
+            alone[name] = [
+                (_label(s), s.images_per_s, rate_text(s.images_per_s)) for of in settings.values() for s in of
+            ]
             continue
         rates, shares = [], []
         for setting, of in settings.items():
@@ -163,7 +159,7 @@ def _throughput(report: Report, groups: Groups) -> str:
                 Line(
                     setting,
                     x,
-                    [_rate(s) for s in of],
+                    [s.images_per_s for s in of],
                     [s.record["batch_size"] / s.record["step_high_s"] for s in of],
                     [s.record["batch_size"] / s.record["step_low_s"] for s in of],
                     _modelled(report, of) if len(settings) <= _MOST_MODELLED else None,
@@ -309,7 +305,7 @@ def _points(report: Report, groups: Groups) -> str:
             rates.append(
                 (
                     escape(sample.name),
-                    rate_text(_rate(sample)),
+                    rate_text(sample.images_per_s),
                     f"{100 * (report.efficiency(sample) or 0):.1f} %",
                     f"{1000 * sample.step_s:,.1f}",
                     f"{1000 * record['step_low_s']:,.1f} to {1000 * record['step_high_s']:,.1f}",

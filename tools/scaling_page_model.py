@@ -198,7 +198,7 @@ def _told(report: Report, curve: Curve) -> Told:
     on_curve = (
         [sample for sample in report.samples if _is_on(sample, curve)] if set(report.study.sweep) <= {ZERO} else []
     )
-    rates = {sample.work.nodes: sample.record["batch_size"] / sample.step_s for sample in on_curve}
+    rates = {sample.work.nodes: sample.images_per_s for sample in on_curve}
     measured = {nodes: rate / nodes / rates[1] for nodes, rate in sorted(rates.items())} if 1 in rates else {}
     efficiency = [curve.efficiency(nodes) for nodes in curve.nodes]
     dashed = curve.scaling == "strong"

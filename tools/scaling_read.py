@@ -46,7 +46,7 @@ def read_timings(run_folder: Path, world_size: int, first: int, last: int) -> li
 
 def step_terms_of(lines: Sequence[Line]) -> dict[str, float]:
     """Seconds of one step by MEASURED_TERMS, `lines` being those of all ranks."""
-    waits = {kind: [rank_waits(line).get(kind, 0.0) for line in lines] for kind in COMMUNICATION}
+    waits = {kind: [in_training(line, "waits", kind) for line in lines] for kind in COMMUNICATION}
     terms = {
         "compute": statistics.fmean(rank_compute(line) for line in lines),
         "optimizer": statistics.fmean(line["places"].get("optimizer", 0.0) for line in lines),
@@ -61,31 +61,20 @@ def rank_compute(line: Line) -> float:
     return sum(line["places"].get(place, 0.0) for place in COMPUTE_PLACES)
 
 
-def rank_waits(line: Line) -> dict[str, float]:
-    """Seconds in collectives by kind, in the places of a training step."""
-    found: dict[str, float] = {}
-    for place, waits in line["waits"].items():
-        for kind, seconds in waits.items() if place in PLACES else ():
-            found[kind] = found.get(kind, 0.0) + seconds
-    return found
-
-
-def calls_of(line: Line) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for place, calls in line["calls"].items():
-        for kind, count in calls.items() if place in PLACES else ():
-            found[kind] = found.get(kind, 0) + count
-    return found
+def in_training(line: Line, what: str, kind: str) -> float:
+    """Of a kind of collectives in the places of a training step: their "waits" in seconds, or the number of "calls"."""
+    return float(sum(by_kind.get(kind, 0) for place, by_kind in line[what].items() if place in PLACES))
 
 
 def measured(steps: Sequence[Sequence[Line]], batch_size: int) -> dict[str, Any]:
     """The record of a point: means over the middle half of its steps by their time, so that a moment in which the
     machine did something else does not count, and the terms still add up. `step_low_s`, `step_high_s`: of all steps."""
-    every = sorted(((sum(step_terms_of(lines).values()), number) for number, lines in enumerate(steps)))
-    quarter = len(every) // 4
-    chosen = [steps[number] for _, number in every[quarter : len(every) - quarter]]
-    terms = [step_terms_of(lines) for lines in chosen]
-    step_s = statistics.fmean(sum(found.values()) for found in terms)
+    every = [step_terms_of(lines) for lines in steps]
+    seconds = [sum(found.values()) for found in every]
+    quarter = len(steps) // 4
+    middle = sorted(range(len(steps)), key=lambda number: seconds[number])[quarter : len(steps) - quarter]
+    chosen, terms = [steps[number] for number in middle], [every[number] for number in middle]
+    step_s = statistics.fmean(seconds[number] for number in middle)
     lines = [line for step in chosen for line in step]
     spreads = [statistics.pstdev([rank_compute(line) for line in step]) for step in chosen]
     sent = {kind: statistics.fmean(line["sent_bytes"].get(kind, 0) for line in lines) for kind in COMMUNICATION}
@@ -93,19 +82,19 @@ def measured(steps: Sequence[Sequence[Line]], batch_size: int) -> dict[str, Any]
     return {
         "steps": len(chosen),
         "step_s": step_s,
-        "step_low_s": every[0][0],
-        "step_high_s": every[-1][0],
+        "step_low_s": min(seconds),
+        "step_high_s": max(seconds),
         "images_per_s": batch_size / step_s,
         "terms_s": {term: statistics.fmean(found[term] for found in terms) for term in MEASURED_TERMS},
         "compute_spread_s": statistics.fmean(spreads),
         "sent_bytes": sent,
-        "calls": {kind: statistics.fmean(calls_of(line).get(kind, 0) for line in lines) for kind in COMMUNICATION},
+        "calls": {kind: statistics.fmean(in_training(line, "calls", kind) for line in lines) for kind in COMMUNICATION},
         "flops_per_sample": sum(step[0]["flops"] for step in chosen) / samples,
         "image_tokens_per_sample": sum(step[0]["image_tokens"] for step in chosen) / samples,
         "text_tokens_per_sample": sum(step[0]["text_tokens"] for step in chosen) / samples,
         "peak_memory_bytes": [max(step[rank]["peak_memory_bytes"] for step in steps) for rank in range(len(steps[0]))],
         "wire_bytes": wire_bytes(steps),
-        "step_seconds": [seconds for seconds, _ in sorted(every, key=lambda pair: pair[1])],
+        "step_seconds": seconds,
     }
 
 

@@ -13,18 +13,16 @@ from typing import Any
 import torch
 
 from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
-from cmpt.engine.traffic import expected_bytes, parameter_sizes
+from cmpt.engine.traffic import parameter_sizes, recipe_bytes
 from cmpt.models.clip import CLIP
 from cmpt.recipe.schema import Recipe
 from scaling_extrapolate import Curve, Shape, calls_at, largest_loss, moves, shares_of, strong, takeovers, weak
-from scaling_fit import Fit, Record, Sample, fit, held_out, samples_of, training_link
+from scaling_fit import Fit, Record, Sample, fit, held_out, read_links, samples_of, training_link
 from scaling_study import Point, Study, describe, point_recipe
 from step_model import Link
 
 BYTES = ("features", "gradients", "parameters")
 """Kinds whose bytes arithmetic gives to the last one; "control" holds Python objects too."""
-_DEFAULT_PERSISTENCE = 100_000
-_PERSISTENCE = "stage3_param_persistence_threshold"
 COLUMNS = (
     "point", "scaling", "nodes", "ranks_per_node", "world_size", "batch_size", "settings", "repeats", "status",
     "images_per_s", "step_s", "efficiency", "compute_s", "optimizer_s", "features_s", "gradients_s", "parameters_s",
@@ -80,18 +78,13 @@ class Report:
 
     def efficiency(self, sample: Sample) -> float | None:
         """Images per second and process, against the fewest processes of the same scaling, settings and size."""
-        same = [other for other in self.samples if _series(other.record) == _series(sample.record)]
+        same = [other for other in self.samples if _series(other) == _series(sample)]
         least = min(same, key=lambda other: other.work.world_size)
-        return _rate(sample) / sample.work.world_size / (_rate(least) / least.work.world_size)
+        return sample.images_per_s / sample.work.world_size / (least.images_per_s / least.work.world_size)
 
 
-def _series(record: Record) -> tuple[Any, ...]:
-    size = record["batch_size"] // record["world_size"] if record["scaling"] == "weak" else record["batch_size"]
-    return record["scaling"], size, tuple(record["settings"].items())
-
-
-def _rate(sample: Sample) -> float:
-    return sample.record["batch_size"] / sample.step_s
+def _series(sample: Sample) -> tuple[Any, ...]:
+    return sample.record["scaling"], sample.size, tuple(sample.record["settings"].items())
 
 
 def build(study: Study, points: Sequence[Point], records: Sequence[Record], collectives: Sequence[Path]) -> Report:
@@ -104,14 +97,15 @@ def build(study: Study, points: Sequence[Point], records: Sequence[Record], coll
     if not samples:
         return Report(study, records, [], None, {}, {}, [], {})
     nccl = any(gpu in samples[0].record["device"] for gpu in ("NVIDIA", "GPU"))
-    found = fit(samples, collectives)
+    benchmarked = read_links(collectives)
+    found = fit(samples, benchmarked)
     links = {name: training_link(samples, several) for name, several in (("inside", False), ("between", True))}
     return Report(
         study,
         records,
         samples,
         found,
-        held_out(samples, collectives),
+        held_out(samples, benchmarked),
         {s.name: _bytes(s, recipes[s.name], sizes, nccl) for s in samples if s.work.world_size > 1},
         _curves(study, samples, recipes, sizes, nccl, found),
         {name: link for name, link in links.items() if link is not None},
@@ -131,19 +125,7 @@ def model_sizes(recipe: Recipe) -> list[list[int]]:
 
 
 def _bytes(sample: Sample, recipe: Recipe, sizes: Sequence[Sequence[int]], nccl: bool) -> Bytes:
-    micro, rows = recipe.engine.micro_batch_size, round(sample.work.samples)
-    zero = recipe.engine.deepspeed.get("zero_optimization", {})
-    expected = expected_bytes(
-        sizes,
-        world_size=sample.work.world_size,
-        zero_stage=recipe.engine.zero_stage,
-        batch_size=sample.record["batch_size"],
-        embed_dim=recipe.model.embed_dim or 0,
-        loss=recipe.loss.kind,
-        parts=1 if micro is None or micro >= rows else -(-rows // micro),
-        nccl=nccl,
-        persistence_threshold=zero.get(_PERSISTENCE, _DEFAULT_PERSISTENCE),
-    )
+    expected = recipe_bytes(recipe, sizes, sample.work.world_size, sample.record["batch_size"], nccl)
     return Bytes(sample.record["sent_bytes"], {kind: expected[kind] for kind in BYTES})
 
 
@@ -197,7 +179,7 @@ def _points_table(report: Report) -> str:
         rows.append(
             (
                 sample.name,
-                f"{_rate(sample):,.1f}",
+                f"{sample.images_per_s:,.1f}",
                 "" if efficiency is None else f"{100 * efficiency:.0f} %",
                 f"{sample.step_s:.3f}",
                 *(f"{100 * share:.1f} %" for share in shares.values()),
@@ -280,7 +262,7 @@ def _csv_values(report: Report, sample: Sample) -> dict[str, Any]:
     sent = report.bytes.get(sample.name)
     return {
         "status": "done",
-        "images_per_s": _rate(sample),
+        "images_per_s": sample.images_per_s,
         "step_s": sample.step_s,
         "efficiency": report.efficiency(sample),
         **{f"{term}_s": seconds for term, seconds in sample.terms_s.items()},
@@ -294,7 +276,7 @@ def _csv_values(report: Report, sample: Sample) -> dict[str, Any]:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """The fit, its errors and what it foretells, for other programs (tools/plan.py --study)."""
+    """The fit, its errors and what it foretells, for other programs."""
     found = report.fit
     told: dict[str, Any] = {"points": len(report.samples), "failed": len(report.failed)}
     if found is not None:

@@ -14,206 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from cmpt.monitor.records import read_records
+from scaling_faults import (
+    DAY_S,
+    HOUR_S,
+    LOST,
+    Faults,
+    daly_interval_s,
+    daly_wall_s,
+    effective,
+    grid,
+    trials,
+    young_interval_s,
+)
+from scaling_simulate_page import html, text
 
 USER_ERROR = 2
-HOUR_S, DAY_S = 3600.0, 86400.0
-_HOPELESS = 5.0
-"""Times the fault-free time from which on a run is said never to end."""
-_MOST = 1_000_000
-"""Faults over all trials of an interval."""
-LOST = ("recomputed", "stalls", "restarts", "waiting for hosts", "fewer hosts", "stragglers")
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What a run meets, all in seconds."""
-
-    work_s: float
-    """Of useful training on all nodes."""
-    nodes: int
-    node_mtbf_s: float
-    """Mean time between faults of one node."""
-    stall_s: float
-    """That training waits for a checkpoint."""
-    write_s: float
-    """From a checkpoint's begin until it can be used; at least the stall."""
-    restart_s: float
-    """From a fault until training goes on: noticed, processes started, weights loaded."""
-    when_lost: str = "spare"
-    """"spare": another node takes the place; "fewer": the run goes on with fewer until the repair; "wait": for it."""
-    repair_s: float = 4 * HOUR_S
-    """Until a lost node is back."""
-    share_meanwhile: float = 1.0
-    """Of the speed, with "fewer"."""
-    slow_per_node_s: float = 0.0
-    """Slow spells of a node per second."""
-    slow_length_s: float = 0.0
-    slow_factor: float = 1.0
-    """By how much a slow node, and with it every step, takes longer."""
-
-    @property
-    def mtbf_s(self) -> float:
-        """Of all nodes together."""
-        return self.node_mtbf_s / self.nodes
-
-
-@dataclass
-class Played:
-    """One run: wall seconds, where they went, and its course."""
-
-    wall_s: float = 0.0
-    faults: int = 0
-    lost_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOST, 0.0))
-    course: list[tuple[float, float]] = field(default_factory=list)
-    """(wall seconds, useful seconds done), at every turn."""
-
-
-def young_interval_s(stall_s: float, mtbf_s: float) -> float:
-    """Useful seconds between checkpoints: sqrt(2 C M) (Young 1974)."""
-    return math.sqrt(2 * stall_s * mtbf_s)
-
-
-def daly_interval_s(stall_s: float, mtbf_s: float) -> float:
-    """Daly's higher-order interval (2006, equation 37); M where a checkpoint takes 2 M or more."""
-    if stall_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = stall_s / (2 * mtbf_s)
-    return young_interval_s(stall_s, mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
-
-
-def daly_wall_s(faults: Faults, interval_s: float) -> float:
-    """Expected wall seconds: M e^(R/M) (e^((tau + C)/M) - 1) T / tau (Daly 2006, section 3); without faults, T and
-    its stalls."""
-    mtbf, period = faults.mtbf_s, interval_s + faults.stall_s
-    if math.isinf(mtbf):
-        return faults.work_s * period / interval_s
-    if (period + faults.restart_s) / mtbf > 500:
-        return math.inf
-    return mtbf * math.exp(faults.restart_s / mtbf) * math.expm1(period / mtbf) * faults.work_s / interval_s
-
-
-def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
-    """One run with a checkpoint after every `interval_s` useful seconds. Raises ValueError where it would never end."""
-    if daly_wall_s(faults, interval_s) > _HOPELESS * faults.work_s:
-        hours = faults.mtbf_s / HOUR_S
-        raise ValueError(f"a fault every {hours:.3g} h, restarts of {faults.restart_s:g} s and a checkpoint every "
-                         f"{interval_s:g} s: this run would never end")  # fmt: skip
-    run, saved = Played(), 0.0
-    up_s = _uptime(faults, draw)
-    absent_s = 0.0  # until the lost node is back, with "fewer"
-    run.course.append((0.0, 0.0))
-    while True:
-        slower = _slowdown(faults, up_s, draw)
-        # Until the node is back the run is as fast as fewer hosts are; then it restarts with a checkpoint.
-        returns = 0.0 < absent_s < up_s
-        speed = (faults.share_meanwhile if absent_s > 0 else 1.0) / slower
-        length_s = absent_s if returns else up_s
-        done, kept, stalls, took_s = _segment(faults, interval_s, faults.work_s - saved, length_s, speed)
-        run.wall_s += took_s
-        run.lost_s["stalls"] += stalls
-        over_s = took_s - stalls - done
-        run.lost_s["fewer hosts" if absent_s > 0 else "stragglers"] += over_s
-        run.course.append((run.wall_s, saved + done))
-        if saved + done >= faults.work_s * (1 - 1e-12):
-            return run
-        if returns:
-            saved, up_s, absent_s = saved + done, up_s - absent_s, 0.0
-            restart_s = min(up_s, faults.restart_s)
-            run.wall_s, up_s = run.wall_s + restart_s, up_s - restart_s
-            run.lost_s["restarts"] += restart_s
-            run.course.append((run.wall_s, saved))
-            if up_s > 0:
-                continue
-        else:
-            run.lost_s["recomputed"] += done - kept
-            saved += kept
-        run.faults += 1
-        absent_s = faults.repair_s if faults.when_lost == "fewer" else 0.0
-        up_s = _come_back(faults, run, draw)
-        run.course.append((run.wall_s, saved))
-
-
-def _uptime(faults: Faults, draw: random.Random) -> float:
-    return draw.expovariate(1 / faults.mtbf_s) if math.isfinite(faults.mtbf_s) else math.inf
-
-
-def _come_back(faults: Faults, run: Played, draw: random.Random) -> float:
-    """Restart after a fault, again if another one comes meanwhile. Returns the seconds until the next fault."""
-    waits_s = faults.repair_s if faults.when_lost == "wait" else 0.0
-    while True:
-        up_s = _uptime(faults, draw)
-        needed_s = waits_s + faults.restart_s
-        spent_s = min(up_s, needed_s)
-        waiting_s = min(spent_s, waits_s)
-        run.lost_s["waiting for hosts"] += waiting_s
-        run.lost_s["restarts"] += spent_s - waiting_s
-        run.wall_s += spent_s
-        if up_s > needed_s:
-            return up_s - needed_s
-        run.faults += 1
-
-
-def _slowdown(faults: Faults, up_s: float, draw: random.Random) -> float:
-    """How much longer steps take over a stretch in which some node is slow for part of the time."""
-    if faults.slow_per_node_s == 0 or faults.slow_factor == 1:
-        return 1.0
-    stretch_s = min(up_s, faults.work_s)
-    expected = faults.slow_per_node_s * faults.nodes * stretch_s
-    spells = max(0.0, draw.gauss(expected, math.sqrt(expected)))
-    covered = 1 - math.exp(-spells * faults.slow_length_s / stretch_s)  # spells of several nodes overlap
-    return 1 + covered * (faults.slow_factor - 1)
-
-
-def _segment(
-    faults: Faults, interval_s: float, left_s: float, length_s: float, speed: float
-) -> tuple[float, float, float, float]:
-    """Train for `length_s` or until `left_s` is done: (useful done, useful that a checkpoint keeps, stalls, wall)."""
-    wall_interval_s = interval_s / speed
-    period_s = wall_interval_s + faults.stall_s
-    whole = math.ceil(left_s / interval_s - 1e-9) - 1  # checkpoints before the end; the last one is the run's own
-    needed_s = left_s / speed + whole * faults.stall_s
-    if needed_s <= length_s:
-        return left_s, left_s, whole * faults.stall_s, needed_s
-    begun = math.floor(length_s / period_s)
-    within_s = length_s - begun * period_s
-    done = begun * interval_s + min(within_s, wall_interval_s) * speed
-    stalls = begun * faults.stall_s + max(0.0, within_s - wall_interval_s)
-    # The k-th begins after k intervals and k - 1 stalls, and can be used write_s later.
-    usable = math.floor((length_s - faults.write_s + faults.stall_s) / period_s)
-    return done, max(0, usable) * interval_s, stalls, length_s
-
-
-def trials(faults: Faults, interval_s: float, count: int, seed: int) -> list[Played]:
-    """The same faults for every interval that is compared: each trial has its own generator. Raises ValueError where
-    the run would never end, or where its faults are too many to play."""
-    wall_s = daly_wall_s(faults, interval_s)
-    if math.isfinite(faults.mtbf_s) and wall_s <= _HOPELESS * faults.work_s and wall_s / faults.mtbf_s * count > _MOST:
-        expected = wall_s / faults.mtbf_s
-        raise ValueError(
-            f"--trials {count}: with {expected:,.0f} faults each, expected {_MOST / expected:,.0f} or fewer"
-        )
-    return [play(faults, interval_s, random.Random(f"{seed} {trial}")) for trial in range(count)]
-
-
-def effective(faults: Faults, runs: Sequence[Played]) -> tuple[float, float]:
-    """(mean, standard deviation) over runs of useful time / wall time."""
-    shares = [faults.work_s / run.wall_s for run in runs]
-    return statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else 0.0
-
-
-def grid(faults: Faults) -> list[float]:
-    """Intervals to compare: a factor 16 around Young's, never below the stall."""
-    middle = young_interval_s(max(faults.stall_s, 0.1), min(faults.mtbf_s, faults.work_s))
-    return [max(faults.stall_s, middle * 2 ** (power / 2)) for power in range(-8, 9)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -346,8 +168,6 @@ def report(faults: Faults, options: argparse.Namespace) -> int:
         "lost_days": {name: statistics.fmean(run.lost_s[name] for run in runs) / DAY_S for name in LOST},
         "by_interval": {f"{interval:.0f}": share for interval, (share, _) in shares.items()},
     }
-    from scaling_simulate_page import html, text  # which know what is here
-
     print(text(told))
     if options.json:
         options.json.write_text(json.dumps(told, indent=1) + "\n")

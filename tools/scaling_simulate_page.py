@@ -7,7 +7,7 @@ from typing import Any
 
 from cmpt.monitor.page import facts, figures, page, plot_figure, section, table
 from cmpt.monitor.plots import Curve, Plot, draw
-from scaling_simulate import DAY_S, HOUR_S, Faults, Played, daly_wall_s
+from scaling_faults import DAY_S, HOUR_S, Faults, Played, daly_wall_s
 
 
 def text(values: dict[str, Any]) -> str:

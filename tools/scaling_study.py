@@ -12,7 +12,7 @@ from typing import Any
 from cmpt.recipe import RecipeError, check_recipe, load_recipe
 from cmpt.recipe.layers import SCHEMA_DEFAULT, Layers
 from cmpt.recipe.load import LoadedRecipe
-from cmpt.recipe.typed import convert, nearest_key, show
+from cmpt.recipe.typed import convert, show, without_unknown
 from hosts import Slots, parse_hostfile
 
 MOST_STEPS = 10**9  # of a point's schedule: it never comes to its end
@@ -128,10 +128,7 @@ def load_study(path: str | Path) -> Study:
         origin = layers.origin(key)
         layers.fault(key, value, constraint, file if origin == SCHEMA_DEFAULT else origin)
 
-    names = [item.name for item in fields(Study)]
-    tree = dict(layers.tree)
-    for name in [name for name in tree if name not in names]:
-        report(name, tree.pop(name), "unknown key" + nearest_key(name, names))
+    tree = without_unknown(layers.tree, "", [item.name for item in fields(Study)], report)
     study: Study = convert(Study, tree, "", report)
     if layers.faults:
         raise RecipeError(layers.faults)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cmpt.dist import traffic
 from cmpt.dist.step_clock import StepClock, clock
 from cmpt.models.clip import CLIP, parameter_groups
+from cmpt.recipe.schema import Recipe
 
 # Collective of DeepSpeed's backend -> kind, passes around the ring, the argument whose bytes count, where the process
 # group stands. These are all that ZeRO uses, and each calls torch.distributed itself, so that none is counted twice.
@@ -27,6 +28,8 @@ _COLLECTIVES: dict[str, tuple[str, int, tuple[str, int], int]] = {
     "all_gather_into_tensor": ("parameters", 1, ("output_tensor", 0), 2),
     "all_gather_coalesced": ("parameters", 1, ("output_tensors", 0), 2),
 }
+PERSISTENCE_THRESHOLD = 100_000
+"""DeepSpeed's `stage3_param_persistence_threshold`, where the recipe passes through no other."""
 _VALUE_BYTES = 4
 """Parameters and gradients travel as fp32 at every precision of the recipe."""
 _SUM_BYTES = 8
@@ -98,7 +101,7 @@ def expected_bytes(
     parts: int = 1,
     holes: bool = False,
     nccl: bool = True,
-    persistence_threshold: int = 100_000,
+    persistence_threshold: int = PERSISTENCE_THRESHOLD,
 ) -> dict[str, int]:
     """Bytes by kind that one rank sends in one training step, from what the algorithm needs (cmpt/dist/traffic.py).
 
@@ -140,6 +143,31 @@ def expected_bytes(
         "parameters": traffic.ring_bytes(parameters * _VALUE_BYTES, world_size),
         "control": traffic.ring_bytes((1 + len(sizes)) * _SUM_BYTES, world_size, passes=2),
     }
+
+
+def recipe_bytes(
+    recipe: Recipe,
+    sizes: Sequence[Sequence[int]],
+    world_size: int,
+    batch_size: int,
+    nccl: bool = True,
+    zero_stage: int | None = None,
+) -> dict[str, int]:
+    """`expected_bytes` of a step of this recipe, at another world size, global batch or ZeRO stage (None: its own)."""
+    engine = recipe.engine
+    rows, micro = max(1, batch_size // world_size), engine.micro_batch_size
+    zero = engine.deepspeed.get("zero_optimization", {})
+    return expected_bytes(
+        sizes,
+        world_size=world_size,
+        zero_stage=engine.zero_stage if zero_stage is None else zero_stage,
+        batch_size=batch_size,
+        embed_dim=recipe.model.embed_dim or 0,
+        loss=recipe.loss.kind,
+        parts=1 if micro is None else -(-rows // micro),
+        nccl=nccl,
+        persistence_threshold=zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD),
+    )
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -60,8 +60,13 @@ def training_flops(
     if model.activation_checkpointing:
         total += recomputed_flops(model.vision, [n + 1 for n in image_lengths])
         total += recomputed_flops(model.text, text_lengths)
-    directions = 2 if model.logit_bias_init is None else 1  # of the sigmoid loss there is one
-    return total + directions * 3 * 2.0 * len(text_lengths) * global_batch * model.embed_dim
+    kind = "infonce" if model.logit_bias_init is None else "sigmoid"
+    return total + loss_flops(global_batch, len(text_lengths), model.embed_dim, kind)
+
+
+def loss_flops(global_batch: int, rows: float, embed_dim: int, kind: str) -> float:
+    """FLOPs of so many rows of logits, forward and backward; `kind` is "infonce", two directions, or "sigmoid", one."""
+    return (2 if kind == "infonce" else 1) * 3 * 2.0 * rows * global_batch * embed_dim
 
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (NVIDIA data sheets); None elsewhere: MFU is then unknown.

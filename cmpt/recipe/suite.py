@@ -6,14 +6,13 @@ YAML, read as strictly as a recipe. `recipes/eval/` holds the shipped ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from cmpt.recipe.layers import SCHEMA_DEFAULT, Layers
 from cmpt.recipe.paths import resolve_path
-from cmpt.recipe.typed import RecipeError, Report, convert, nearest_choice, nearest_key
+from cmpt.recipe.typed import RecipeError, Report, convert, nearest_choice, without_unknown
 
 FORMATS = {
     "zero_shot": ("webdataset", "image_folder"),
@@ -123,7 +122,7 @@ def load_suite(path: str | Path) -> Suite:
             parts[1] = names[int(parts[1])]
         layers.fault(".".join(parts), value, constraint, file if origin == SCHEMA_DEFAULT else origin)
 
-    tree = _known(tree, "", ("tasks", "rows"), report)
+    tree = without_unknown(tree, "", ("tasks", "rows"), report)
     tasks: list[Task] = []
     if isinstance(entries, list) and entries:
         tasks = [_task(entry, f"tasks.{i}", report) for i, entry in enumerate(entries)]
@@ -148,17 +147,10 @@ def _label(entry: Any, index: int) -> str:
     return name if isinstance(name, str) and _NAME.fullmatch(name) else str(index)
 
 
-def _known(section: dict[str, Any], prefix: str, names: Collection[str], report: Report) -> dict[str, Any]:
-    """The section without the keys that it must not have, which are reported."""
-    for name in [name for name in section if name not in names]:
-        report(prefix + name, section[name], "unknown key" + nearest_key(name, names))
-    return {name: value for name, value in section.items() if name in names}
-
-
 def _task(entry: Any, key: str, report: Report) -> Any:
     """A Task, unusable where something was reported."""
     if isinstance(entry, dict):
-        entry = _known(entry, f"{key}.", [item.name for item in fields(Task)], report)
+        entry = without_unknown(entry, f"{key}.", [item.name for item in fields(Task)], report)
         for name in ("name", "kind", "path"):
             if entry.setdefault(name, None) is None:
                 report(f"{key}.{name}", None, "must be given")
@@ -187,7 +179,7 @@ def _check_task(task: Task, entry: dict[str, Any], key: str, report: Report) -> 
 def _rows(section: Any, tasks: list[Task], report: Report) -> Any:
     """Rows, unusable where something was reported."""
     if isinstance(section, dict):
-        section = _known(section, "rows.", ("source", "values"), report)
+        section = without_unknown(section, "rows.", ("source", "values"), report)
         for name in ("source", "values"):
             if section.setdefault(name, None) is None:
                 report(f"rows.{name}", None, "must be given")

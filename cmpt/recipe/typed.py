@@ -107,6 +107,13 @@ def nearest_choice(value: str, choices: Collection[str]) -> str:
     return f"expected one of {', '.join(choices)}" + (f"; did you mean {best}?" if best else "")
 
 
+def without_unknown(section: dict[str, Any], prefix: str, names: Collection[str], report: Report) -> dict[str, Any]:
+    """The section without the keys that it must not have, which are reported."""
+    for name in [name for name in section if name not in names]:
+        report(prefix + name, section[name], "unknown key" + nearest_key(name, names))
+    return {name: value for name, value in section.items() if name in names}
+
+
 def convert(expected: Any, value: Any, key: str, report: Report) -> Any:
     """`value` as type `expected`, with no lenience but int -> float and null -> empty list or mapping.
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from cmpt.models.flops import loss_flops
 from scaling_extrapolate import Curve, Shape, largest_loss, moves, strong, takeovers, weak
-from scaling_fit import Fit, Sample, fit, held_out, loss_flops, samples_of, training_link
+from scaling_fit import Fit, Sample, fit, held_out, read_links, samples_of, training_link
 from scaling_read import MEASURED_TERMS
 from step_model import Link, Machine, Work, rounds, step_terms
 
@@ -31,7 +32,7 @@ TRUE = Machine(
 )
 SHARDED_S = {0: 0.0, 1: 0.03, 2: 0.03, 3: 0.06}
 RECIPE = SimpleNamespace(
-    engine=SimpleNamespace(zero_stage=1, micro_batch_size=None),
+    engine=SimpleNamespace(zero_stage=1, micro_batch_size=None, deepspeed={}),
     model=SimpleNamespace(embed_dim=64),
     loss=SimpleNamespace(kind="infonce"),
 )
@@ -47,7 +48,7 @@ def work(world: int, ranks_per_node: int, pairs: int, stage: int) -> Work:
 
 
 def recipe(stage: int) -> Any:
-    engine = SimpleNamespace(zero_stage=stage, micro_batch_size=None)
+    engine = SimpleNamespace(zero_stage=stage, micro_batch_size=None, deepspeed={})
     return SimpleNamespace(engine=engine, model=RECIPE.model, loss=RECIPE.loss)
 
 
@@ -86,7 +87,7 @@ def bench(path: Path, hosts: list[str], link: Link) -> Path:
 
 def test_the_machine_that_made_the_points_is_found(tmp_path: Path) -> None:
     path = bench(tmp_path / "c.json", ["a", "a"], TRUE.inside)
-    found = fit(one_host(), [path])
+    found = fit(one_host(), read_links([path]))
     assert found.seconds_per_flop == pytest.approx(BY_PROCESSES, rel=1e-3)
     assert found.fixed_s == pytest.approx(0.1, rel=1e-3)
     assert found.sharded_s == pytest.approx({1: 0.03, 2: 0.03, 3: 0.06}, rel=1e-2)
@@ -101,7 +102,7 @@ def test_the_machine_that_made_the_points_is_found(tmp_path: Path) -> None:
 def test_points_are_foretold_that_the_fit_has_not_seen(noise: float, tmp_path: Path) -> None:
     for samples, hosts in ((one_host(noise), ["a", "a"]), (two_hosts(noise), ["a", "b"])):
         link = TRUE.inside if hosts[0] == hosts[1] else TRUE.between
-        foretold = held_out(samples, [bench(tmp_path / "c.json", hosts, link)])
+        foretold = held_out(samples, read_links([bench(tmp_path / "c.json", hosts, link)]))
         errors = [abs(sum(foretold[s.name].values()) / s.step_s - 1) for s in samples]
         assert len(errors) == 18 and max(errors) < (0.02 if noise == 0 else 0.12)
 

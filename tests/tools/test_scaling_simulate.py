@@ -11,20 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from scaling_simulate import (
+from scaling_faults import (
     DAY_S,
     HOUR_S,
-    USER_ERROR,
     Faults,
     daly_interval_s,
     daly_wall_s,
     effective,
-    fewer_nodes,
-    main,
     play,
     trials,
     young_interval_s,
 )
+from scaling_simulate import USER_ERROR, fewer_nodes, main
 
 PLAIN = Faults(work_s=30 * DAY_S, nodes=100, node_mtbf_s=2000 * HOUR_S, stall_s=60, write_s=60, restart_s=300)
 
