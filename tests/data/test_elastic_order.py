@@ -55,13 +55,18 @@ def steps_of(output: Path) -> list[Step]:
     return joined
 
 
+def steps_done(output: Path) -> int:
+    """By all ranks; looks at their last whole lines only, so that the ranks do not come to their end meanwhile."""
+    last = [path.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2] for path in output.iterdir()]
+    return min(LoaderState.from_json(json.loads(line)["state"]).step if line else 0 for line in last)
+
+
 def read_and_kill(world_size: int, at_step: int, state: Path, output: Path) -> list[Step]:
     """Reads on from `state`, kills every rank at some moment after `at_step`; what was recorded until then."""
     process = start(world_size, STEPS, state, output)
     limit = time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:
-        recorded = steps_of(output) if len(list(output.iterdir())) == world_size else []
-        if recorded and recorded[-1]["step"] >= at_step:
+        if len(list(output.iterdir())) == world_size and steps_done(output) >= at_step:
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
