@@ -2,7 +2,9 @@
 
     python relay.py TAP_A TAP_B DELAY_MS
 
-Frames keep their order. It says "ready" when it holds both devices, and runs until it is killed.
+Frames keep their order. TCP hands over segments of up to 64 KiB whole, as to a network card that cuts them itself, and
+so they pass: a frame of 1,500 bytes at a time would cost this process half a core at 400 Mbit/s. It says "ready" when
+it holds both devices, and runs until it is killed.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ import sys
 import time
 from collections import deque
 
-_TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
-_FRAME_BYTES = 65_536
+# linux/if_tun.h. With VNET_HDR every frame is led by a header that says how it is to be cut and summed.
+_TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_CHECKSUM, _TCP_SEGMENTS = 0x01, 0x02
+_FRAME_BYTES = 2 * 65_536  # more than the longest segment with its headers
 
 
 def open_tap(name: str) -> int:
     """A descriptor that reads and writes whole frames of the device, which is made if it is not there."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
+    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    fcntl.ioctl(descriptor, _TUNSETOFFLOAD, _CHECKSUM | _TCP_SEGMENTS)
     return descriptor
 
 

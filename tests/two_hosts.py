@@ -21,7 +21,8 @@ import pytest
 
 RELAY = Path(__file__).with_name("relay.py")
 _QUEUE_MS = 100
-_BURST_BYTES = 64 * 1024
+_BURST_S = 0.002
+"""Of the link, which pass at once: with more of it small messages would not feel the bandwidth."""
 PROGRAMS = ("ip", "unshare", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
 _UP_LIMIT_S = 30.0
 
@@ -111,8 +112,9 @@ class Hosts:
         second bridge for the second host and a process (relay.py) that moves frames between the two bridges in time.
         """
         assert len(self.names) == 2, "a link joins two hosts"
+        burst_bytes = int(mbit * 1e6 / 8 * _BURST_S)
         for space in self.spaces:
-            rate = ["rate", f"{mbit}mbit", "burst", str(_BURST_BYTES), "latency", f"{_QUEUE_MS}ms"]
+            rate = ["rate", f"{mbit}mbit", "burst", str(burst_bytes), "latency", f"{_QUEUE_MS}ms"]
             _run("ip", "netns", "exec", space, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate)
         self._end_relay()
         switch = ("ip", "netns", "exec", self._switch)
@@ -125,8 +127,6 @@ class Hosts:
         if has_netem.returncode == 0:
             _run(*switch, "tc", "qdisc", "add", "dev", "port1", "root", *netem)
             return
-        for space in self.spaces:  # a relay sees whole frames: no segments that a network card would have to cut
-            _run("ip", "-n", space, "link", "set", "eth0", "gso_max_segs", "1", "gso_max_size", "1500")
         self._relay = subprocess.Popen(
             [*switch, sys.executable, str(RELAY), "tap0", "tap1", str(delay_ms)], stdout=subprocess.PIPE
         )
@@ -144,7 +144,7 @@ class Hosts:
         self._relay.wait()
         self._relay = None
         _run("ip", "-n", self._switch, "link", "set", "port1", "master", "br0", "up")
-        _run("ip", "-n", self._switch, "link", "del", "br1")
+        subprocess.run(["ip", "-n", self._switch, "link", "del", "br1"], capture_output=True, check=False)
 
     def environment(self) -> dict[str, str]:
         """What a launcher needs: this Python's programs first on PATH, ssh's configuration, what hosts are to get."""
