@@ -10,8 +10,8 @@ runtime/engine.py):
                stage3_max_reuse_distance (10^9) elements, so all of a model of up to 5 * 10^8, at the end of the forward
     gradient caching (engine.micro_batch_size): at every stage all gradients stay until the last part is done
 
-A bucket has `engine.bucket_elements` whatever the size of the model: on a GPU all of it is taken, on a CPU what is
-written to.
+A bucket has `engine.bucket_elements`, or those of the model where they are fewer: on a GPU all of it is taken, on a CPU
+what is written to.
 """
 
 from __future__ import annotations
@@ -88,12 +88,17 @@ class Sharding:
 
     @property
     def zero(self) -> Mapping[str, Any]:
-        return {**_DEFAULTS, **deepspeed_config(self.engine, self.world_size)["zero_optimization"]}
+        return {**_DEFAULTS, **deepspeed_config(self.engine, self.world_size, self.elements)["zero_optimization"]}
 
     @property
     def stage(self) -> int:
         """One process alone has stage 0, whatever the recipe says."""
         return int(self.zero["stage"])
+
+    @property
+    def limit(self) -> int:
+        """Elements of a bucket, at most."""
+        return int(self.zero["reduce_bucket_size"])
 
     @property
     def offloads(self) -> bool:
@@ -140,7 +145,7 @@ class Sharding:
 
     def bucket(self, written: int) -> int:
         """Elements of a reduction bucket into which so many gradients went."""
-        return min(written, self.engine.bucket_elements) if self.touched else self.engine.bucket_elements
+        return min(written, self.limit) if self.touched else self.limit
 
     def buckets(self, written: int) -> int:
         """The same of all of a rank's: there are two where reduction overlaps."""
@@ -201,7 +206,7 @@ def _step(
     yield "forward pass", added(passes.forward, whole, coming, grown)
     yield "loss", added({} if cached else passes.end, loss, whole)
     at_once = not cached and (stage >= 2 or (stage == 1 and sharding.zero["overlap_comm"]))
-    limit = sharding.engine.bucket_elements
+    limit = sharding.limit
     done = filled = 0
     for interval in passes.backward:
         held: dict[str, float] = dict(grown)
@@ -223,7 +228,7 @@ def _step(
 
 def _reduction(sharding: Sharding, at_once: bool) -> Iterator[tuple[str, dict[str, float]]]:
     """After the backward pass: the last reduction, and the optimizer."""
-    stage, everything, limit = sharding.stage, sharding.elements, sharding.engine.bucket_elements
+    stage, everything, limit = sharding.stage, sharding.elements, sharding.limit
     largest_shard = max(sharding.shards())
     if stage == 0:
         flat = min(everything, _STAGE_0_BUCKET + sharding.largest) if sharding.world_size > 1 else 0

@@ -171,7 +171,8 @@ class Job:
     @property
     def zero(self) -> Mapping[str, Any]:
         """What DeepSpeed is told of ZeRO."""
-        told: Mapping[str, Any] = deepspeed_config(self.recipe.engine, self.world_size)["zero_optimization"]
+        config = deepspeed_config(self.recipe.engine, self.world_size, self.elements)
+        told: Mapping[str, Any] = config["zero_optimization"]
         return told
 
     def stage(self) -> int:

@@ -90,13 +90,6 @@ def _memory(job: Job, memory: MemoryTable) -> Iterator[str]:
             moved = f"{sent[3] / sent[at]:.2f} times the bytes in many more collectives"
             told = "stage 3 buys nothing" if sent[3] >= sent[at] else "stage 3 is not needed for memory"
             yield f"{told}: stage {at} fits too ({more:+.1f} GiB), and stage 3 moves {moved}"
-    if stage and 2 * job.elements <= engine.bucket_elements:
-        buckets = 2 if stage < 3 and job.zero["overlap_comm"] else 1
-        taken = 4 * engine.bucket_elements * buckets / GIB
-        yield (
-            f"engine.bucket_elements = {engine.bucket_elements:,} is more than the model's {job.elements:,} "
-            f"parameters, and DeepSpeed takes all of it: {taken:.1f} GiB per GPU; {job.elements:,} would do"
-        )
 
 
 def _rates(job: Job) -> Iterator[str]:

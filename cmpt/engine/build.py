@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from cmpt.engine.sharded import Average
 from cmpt.models.clip import CLIP, layer_rates, parameter_groups
 from cmpt.recipe.schema import Engine, Optimizer
 
-__all__ = ["COMPUTE_DTYPES", "LossScale", "Trained", "build", "deepspeed_config"]
+__all__ = ["COMPUTE_DTYPES", "LossScale", "Trained", "build", "by_layer", "deepspeed_config"]
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GROWTH_STEPS = 2000
@@ -58,8 +59,9 @@ class Trained:
         return module
 
 
-def deepspeed_config(engine: Engine, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration; `engine.deepspeed` of the recipe is laid over it, section by section.
+def deepspeed_config(engine: Engine, world_size: int, elements: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a model of so many parameters; `engine.deepspeed` of the recipe is laid over it,
+    section by section.
 
     Parameters stay fp32 and the towers run in `engine.precision` (models/transformer.py), so neither DeepSpeed's bf16
     and fp16 modes nor autocast are on: the temperature, the optimizer's state, and the accumulation and reduction of
@@ -70,11 +72,13 @@ def deepspeed_config(engine: Engine, world_size: int) -> dict[str, Any]:
     alone = world_size == 1 and not engine.offload_optimizer and "zero_optimization" not in engine.deepspeed
     stage = 0 if alone else engine.zero_stage
     overlap = stage > 1 if engine.overlap_communication is None else engine.overlap_communication
+    # DeepSpeed takes all of a bucket, needed or not; it wants an even number.
+    bucket = 2 * math.ceil(min(engine.bucket_elements, elements) / 2)
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": overlap,
-        "reduce_bucket_size": engine.bucket_elements,
-        "allgather_bucket_size": engine.bucket_elements,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -98,20 +102,25 @@ def deepspeed_config(engine: Engine, world_size: int) -> dict[str, Any]:
     return config
 
 
+def by_layer(optimizer: Optimizer) -> bool:
+    """Whether layers have learning rates, and so parameter groups, of their own."""
+    return optimizer.vision_layer_decay != 1 or optimizer.text_layer_decay != 1
+
+
 def build(clip: CLIP, engine: Engine, optimizer: Optimizer, world_size: int, device: torch.device) -> Trained:
     """DeepSpeed's engine around `clip`, with AdamW and cmpt's parameter groups (each with `name` and `lr_share`)."""
     clip.to(device)
     clip.compute_dtype = COMPUTE_DTYPES[engine.precision]
-    by_layer = optimizer.vision_layer_decay != 1 or optimizer.text_layer_decay != 1
+    layered = by_layer(optimizer)
     rates = layer_rates(clip, optimizer.vision_layer_decay, optimizer.text_layer_decay)
     groups = [
         {
             "params": list(parameters.values()),
             "name": name,
             "weight_decay": optimizer.weight_decay if name.endswith(".decay") else 0.0,
-            "lr_share": rates[name] if by_layer else 1.0,
+            "lr_share": rates[name] if layered else 1.0,
         }
-        for name, parameters in parameter_groups(clip, by_layer).items()
+        for name, parameters in parameter_groups(clip, layered).items()
     ]
     adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -119,7 +128,7 @@ def build(clip: CLIP, engine: Engine, optimizer: Optimizer, world_size: int, dev
         model=clip,
         optimizer=adamw,
         model_parameters=clip.parameters(),
-        config=deepspeed_config(engine, world_size),
+        config=deepspeed_config(engine, world_size, sum(parameter.numel() for parameter in clip.parameters())),
         dist_init_required=False,
     )
     if world_size == 1 and built.zero_optimization_stage() == 0:

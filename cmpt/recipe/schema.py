@@ -312,8 +312,8 @@ class Engine:
     overlap_communication: bool | None = None
     """Reduce gradients while the backward pass goes on; null: at stages 2 and 3."""
     bucket_elements: int = 500_000_000
-    """Gradient elements that are reduced, and parameter elements that are gathered, at one time: fewer need less
-    memory, more use the network better."""
+    """Gradient elements that are reduced, and parameter elements that are gathered, at one time, at most those of the
+    model: fewer need less memory, more use the network better."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Passed through into the DeepSpeed configuration, over what cmpt sets; not for what other fields say."""
 

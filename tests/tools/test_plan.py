@@ -176,9 +176,10 @@ def test_warns_where_stage_3_buys_nothing() -> None:
     assert "stage 3" not in said("engine.zero_stage=2")
 
 
-def test_warns_of_buckets_larger_than_the_model() -> None:
-    assert "engine.bucket_elements = 500,000,000 is more" in said()
-    assert "bucket_elements" not in said("engine.bucket_elements=1000000")
+def test_a_bucket_is_no_larger_than_the_model() -> None:
+    whole, part = job(), job("engine.bucket_elements=1000000")
+    assert whole.elements <= whole.zero["reduce_bucket_size"] <= whole.elements + 1 < 500_000_000
+    assert part.zero["reduce_bucket_size"] == part.zero["allgather_bucket_size"] == 1_000_000
 
 
 def test_warns_of_a_slow_loader_and_slow_storage() -> None:

@@ -183,9 +183,11 @@ def test_offloaded_state_is_on_the_host() -> None:
 
 
 def test_buckets_are_taken_whole_on_a_gpu_and_twice_where_reduction_overlaps() -> None:
-    assert sharding(1, 2).buckets(10) == 500_000_000
-    assert sharding(2, 2).buckets(10) == 2 * 500_000_000
-    assert sharding(2, 2, overlap_communication=False).buckets(10) == 500_000_000
+    assert sharding(1, 2, bucket_elements=1000).buckets(10) == 1000
+    assert sharding(2, 2, bucket_elements=1000).buckets(10) == 2 * 1000
+    assert sharding(2, 2, bucket_elements=1000, overlap_communication=False).buckets(10) == 1000
+    whole = sharding(1, 2)
+    assert whole.elements <= whole.buckets(10) <= whole.elements + 1, "no larger than the model, and even"
 
 
 def test_three_counts_stand_for_all_and_are_never_too_low() -> None:
