@@ -21,14 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.optimize import nnls
 
 from cmpt.dist import process_group
 from cmpt.dist.process_group import all_gather_into, broadcast_object, gather_objects, reduce_scatter_into
 from cmpt.dist.traffic import ring_bytes
+from least_squares import solve
 
 SIZES = tuple(2**power for power in range(12, 27, 2))
 """Bytes of the whole: 4 KiB to 64 MiB."""
@@ -130,18 +129,14 @@ def _wait(device: torch.device) -> None:
 def fit_link(points: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
     """(latency_s of a call, bytes_per_s sent, median relative error) of points with `sent_bytes` and `seconds`.
 
-    Neither is below 0, and relative errors count, so that a small size weighs as much as a large one. Raises ValueError
-    for fewer than two sizes.
+    Relative errors count, so that a small size weighs as much as a large one (least_squares.py). Raises ValueError for
+    fewer than two sizes.
     """
     if len({point["sent_bytes"] for point in points}) < 2:
         raise ValueError(f"points: got {len(points)}, expected at least two sizes")
-    seconds = np.array([point["seconds"] for point in points])
-    matrix = np.array([[1.0, point["sent_bytes"]] for point in points]) / seconds[:, None]
-    scale = matrix.max(axis=0)
-    found, _ = nnls(matrix / scale, np.ones(len(points)))
-    latency_s, s_per_byte = found / scale
-    error = float(np.median(np.abs(matrix @ (latency_s, s_per_byte) - 1)))
-    return float(latency_s), 1 / float(s_per_byte) if s_per_byte else float("inf"), error
+    latency_s, s_per_byte = solve([[1.0, point["sent_bytes"]] for point in points], [p["seconds"] for p in points])
+    errors = [abs((latency_s + s_per_byte * point["sent_bytes"]) / point["seconds"] - 1) for point in points]
+    return latency_s, 1 / s_per_byte if s_per_byte else float("inf"), statistics.median(errors)
 
 
 def read_collectives(path: Path) -> dict[str, Any]:

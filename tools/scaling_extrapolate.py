@@ -48,9 +48,9 @@ class Shape:
         )
 
 
-def calls_at(samples: Sequence[Sample], zero_stage: int) -> dict[str, float]:
-    """Collectives of a step as they were counted at this stage with several ranks; {} where none was measured."""
-    counted = [s.work.calls for s in samples if s.zero_stage == zero_stage and s.work.world_size > 1]
+def calls_of(samples: Sequence[Sample]) -> dict[str, float]:
+    """Collectives of a step as they were counted with several ranks; {} where there were none."""
+    counted = [sample.work.calls for sample in samples if sample.work.world_size > 1]
     return {kind: statistics.fmean(calls[kind] for calls in counted) for kind in COMMUNICATION} if counted else {}
 
 
@@ -60,7 +60,8 @@ class Curve:
 
     scaling: str
     """"weak": so many pairs per rank; "strong": the global batch stays."""
-    zero_stage: int
+    settings: Mapping[str, object]
+    """Of the study's sweep."""
     ranks_per_node: int
     batch_of: Callable[[int], int]
     """Global batch of a world size."""
@@ -85,17 +86,16 @@ class Curve:
         return self.images_per_s(nodes, machine) / nodes / self.images_per_s(1, machine)
 
 
-def weak(shape: Shape, fit: Fit, ranks_per_node: int, pairs: int) -> Curve:
-    return _curve("weak", shape, fit, ranks_per_node, lambda world: pairs * world)
+def curve_of(
+    scaling: str, size: int, settings: Mapping[str, object], ranks_per_node: int, shape: Shape, fit: Fit
+) -> Curve:
+    """`size`: pairs per rank where `scaling` is "weak", the global batch where it is "strong"."""
+    machine = fit.machine(shape.recipe.engine.zero_stage, ranks_per_node)
 
+    def batch_of(world: int) -> int:
+        return size * world if scaling == "weak" else size
 
-def strong(shape: Shape, fit: Fit, ranks_per_node: int, batch_size: int) -> Curve:
-    return _curve("strong", shape, fit, ranks_per_node, lambda world: batch_size)
-
-
-def _curve(scaling: str, shape: Shape, fit: Fit, ranks_per_node: int, batch_of: Callable[[int], int]) -> Curve:
-    stage = shape.recipe.engine.zero_stage
-    return Curve(scaling, stage, ranks_per_node, batch_of, shape, fit.machine(stage, ranks_per_node))
+    return Curve(scaling, settings, ranks_per_node, batch_of, shape, machine)
 
 
 def takeovers(curve: Curve) -> dict[str, int | None]:
@@ -126,9 +126,7 @@ def moves(curve: Curve, nodes: int) -> dict[str, float]:
         ]
         return replace(machine, inside=changed[0], between=changed[1])
 
-    hidden = {
-        kind: 0.0 if kind in ("gradients", "parameters") else machine.exposed.get(kind, 1.0) for kind in COMMUNICATION
-    }
+    hidden = {**machine.exposed, "gradients": 0.0, "parameters": 0.0}
     changes = {
         "links of twice the bandwidth": links(1.0, 2.0),
         "links of half the latency": links(0.5, 1.0),
@@ -140,5 +138,5 @@ def moves(curve: Curve, nodes: int) -> dict[str, float]:
     now = curve.images_per_s(nodes)
     found = {name: curve.images_per_s(nodes, changed) / now for name, changed in changes.items()}
     twice = replace(curve, batch_of=lambda world: 2 * curve.batch_of(world))
-    found["twice the pairs"] = twice.images_per_s(nodes) / now
+    found["twice the pairs in a step"] = twice.images_per_s(nodes) / now
     return found

@@ -7,8 +7,10 @@ What is fitted, all by robust least squares without negative values and of relat
     optimizer   a constant (one more above stage 0) and seconds per element that a rank steps
     links       latency and bandwidth of an all-reduce, inside a node and between nodes, from the benchmark of
                 collectives on the same hosts; without one, from the points' own all-reduces
-    exposed     for every kind of collective and stage: measured seconds / what the link alone would take. Below 1
-                compute hides some, or the collective is cheaper than an all-reduce; above 1 it is slower in training
+    exposed     for every kind of collective and stage: measured seconds / what latency and bytes of the link make,
+                where compute lasts long enough to hide the rest
+    cost        the same where that cannot be why: collectives that are slower in training than alone, or cheaper,
+                since they run side by side or pass the link once where an all-reduce passes it twice
     stragglers  the spread of compute that explains by how much the others wait for the slowest rank
     loader      samples per second where data were waited for at all
 
@@ -20,22 +22,39 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from scipy.optimize import nnls
+from typing import Any, NamedTuple
 
 from bench_collectives import fit_link, read_collectives
 from cmpt.models.flops import loss_flops
+from least_squares import solve
 from scaling_read import MEASURED_TERMS
-from step_model import COMMUNICATION, Link, Machine, Work, expected_largest, rounds, step_terms
+from step_model import (
+    BACKWARD_SHARE,
+    COMMUNICATION,
+    Link,
+    Machine,
+    Work,
+    collective_seconds,
+    expected_largest,
+    rounds,
+    step_terms,
+)  # fmt: skip
 
 Record = Mapping[str, Any]
+
+
+class InTraining(NamedTuple):
+    """What collectives of a kind take in training: see `Machine`."""
+
+    cost: float
+    exposed: float
+
+
 NodesLink = tuple[int, Link]
 """A benchmarked link, and the number of nodes that it joined."""
 NO_LINK = Link(0.0, float("inf"))
-_LARGE, _REWEIGHTINGS = 0.05, 10
 _DATA_WAITS = 0.02
 """Share of the step from which on the loader is what the step waits for."""
 
@@ -76,7 +95,7 @@ class Fit:
     optimizer_s_per_element: float
     inside: Link
     between: Link
-    exposed: Mapping[tuple[str, int], float]
+    collectives: Mapping[tuple[str, int], InTraining]
     """By kind and ZeRO stage."""
     straggler_deviation: float
     loader_samples_per_s: float | None
@@ -84,10 +103,11 @@ class Fit:
     def machine(self, zero_stage: int, ranks_per_node: int) -> Machine:
         """For numbers of ranks per node that were not measured: the nearest that was."""
         nearest = min(self.seconds_per_flop, key=lambda ranks: abs(ranks - ranks_per_node))
-        shares = {}
+        collectives = {}
         for kind in COMMUNICATION:
-            same = [share for (of, _), share in self.exposed.items() if of == kind]
-            shares[kind] = self.exposed.get((kind, zero_stage), statistics.fmean(same) if same else 1.0)
+            same = [found for (of, _), found in self.collectives.items() if of == kind]
+            mean = InTraining(*map(statistics.fmean, zip(*same, strict=True))) if same else InTraining(1.0, 1.0)
+            collectives[kind] = self.collectives.get((kind, zero_stage), mean)
         per_element = self.optimizer_s_per_element
         return Machine(
             flops_per_s=1 / self.seconds_per_flop[nearest],
@@ -96,7 +116,8 @@ class Fit:
             between=self.between,
             fixed_s=self.fixed_s + self.sharded_s.get(zero_stage, 0.0),
             optimizer_fixed_s=self.optimizer_fixed_s + (self.optimizer_sharded_s if zero_stage else 0.0),
-            exposed=shares,
+            cost={kind: found.cost for kind, found in collectives.items()},
+            exposed={kind: found.exposed for kind, found in collectives.items()},
             straggler_deviation=self.straggler_deviation,
             loader_samples_per_s=self.loader_samples_per_s,
         )
@@ -144,7 +165,7 @@ def fit(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> Fit:
     if not by_ranks:
         fixed, sharded, third, by_ranks = _compute(samples, constant=False)
     optimizer = [[1.0, sample.zero_stage > 0, sample.work.stepped_elements] for sample in samples]
-    constant, more, per_element = _solve(optimizer, [sample.terms_s["optimizer"] for sample in samples])
+    constant, more, per_element = solve(optimizer, [sample.terms_s["optimizer"] for sample in samples])
     inside = _link(samples, [link for nodes, link in links if nodes == 1], several_nodes=False)
     between = _link(samples, [link for nodes, link in links if nodes > 1], several_nodes=True)
     found = Fit(
@@ -156,11 +177,11 @@ def fit(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> Fit:
         optimizer_s_per_element=per_element,
         inside=inside,
         between=between,
-        exposed={},
+        collectives={},
         straggler_deviation=_deviation(samples),
         loader_samples_per_s=_loader(samples),
     )
-    return replace(found, exposed=_exposed(samples, found))
+    return replace(found, collectives=_collectives(samples, found))
 
 
 def _compute(samples: Sequence[Sample], constant: bool) -> tuple[float, float, float, dict[int, float]]:
@@ -172,7 +193,7 @@ def _compute(samples: Sequence[Sample], constant: bool) -> tuple[float, float, f
         by_node = [flops if sample.work.ranks_per_node == ranks else 0.0 for ranks in per_node]
         of_stage = [constant and sample.zero_stage in (1, 2), constant and sample.zero_stage == 3]
         rows.append([float(constant), *map(float, of_stage), *by_node])
-    fixed, sharded, third, *rates = _solve(rows, [sample.terms_s["compute"] for sample in samples])
+    fixed, sharded, third, *rates = solve(rows, [sample.terms_s["compute"] for sample in samples])
     return fixed, sharded, third, {ranks: rate for ranks, rate in zip(per_node, rates, strict=True) if rate > 0}
 
 
@@ -199,25 +220,8 @@ def training_link(samples: Sequence[Sample], several_nodes: bool) -> Link | None
                 seconds.append(sample.terms_s[kind])
     if len(rows) < 2:
         return None
-    latency, per_byte = _solve(rows, seconds)
+    latency, per_byte = solve(rows, seconds)
     return Link(latency, 1 / per_byte) if per_byte else None
-
-
-def _solve(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
-    """Least squares of relative errors, no coefficient below 0; columns are scaled: they differ by powers of ten.
-
-    Errors above _LARGE count less than their square (Huber 1964, doi 10.1214/aoms/1177703732), so that a point in which
-    a shared machine was busy does not bend the fit.
-    """
-    weights = 1 / np.maximum(np.asarray(values, dtype=float), 1e-9)
-    matrix = np.asarray(rows, dtype=float) * weights[:, None]
-    scale = np.where(matrix.max(axis=0) > 0, matrix.max(axis=0), 1.0)
-    trust = np.ones(len(values))
-    for _ in range(_REWEIGHTINGS):
-        found, _ = nnls(matrix / scale * trust[:, None], trust)
-        error = np.abs(matrix / scale @ found - 1)
-        trust = np.sqrt(_LARGE / np.maximum(error, _LARGE))
-    return [float(value) for value in found / scale]
 
 
 def read_links(collectives: Iterable[Path]) -> list[NodesLink]:
@@ -238,16 +242,26 @@ def _link(samples: Sequence[Sample], benchmarked: Sequence[Link], several_nodes:
     return training_link(samples, several_nodes) or NO_LINK
 
 
-def _exposed(samples: Sequence[Sample], found: Fit) -> dict[tuple[str, int], float]:
-    sums: dict[tuple[str, int], list[float]] = {}
-    for sample in samples:
-        alone = replace(found.machine(sample.zero_stage, sample.work.ranks_per_node), exposed={})
-        for kind, seconds in step_terms(sample.work, alone).items():
-            if kind in COMMUNICATION and seconds > 0:
-                both = sums.setdefault((kind, sample.zero_stage), [0.0, 0.0])
-                both[0] += sample.terms_s[kind]
-                both[1] += seconds
-    return {key: measured / alone for key, (measured, alone) in sums.items()}
+def _collectives(samples: Sequence[Sample], found: Fit) -> dict[tuple[str, int], InTraining]:
+    hides = {sample.name: BACKWARD_SHARE * sample.terms_s["compute"] for sample in samples}
+    in_training = {}
+    for kind, stage in product(COMMUNICATION, sorted({sample.zero_stage for sample in samples})):
+        alone = {}
+        for sample in samples:
+            machine = found.machine(stage, sample.work.ranks_per_node)
+            if sample.zero_stage == stage and (seconds := collective_seconds(sample.work, machine, kind)) > 0:
+                alone[sample.name] = (sample.terms_s[kind], seconds)
+        if not alone:
+            continue
+        ratio = sum(measured for measured, _ in alone.values()) / sum(seconds for _, seconds in alone.values())
+        hidden = {name: (1 - ratio) * seconds for name, (_, seconds) in alone.items()}
+        if ratio >= 1 or any(seconds > hides[name] for name, seconds in hidden.items()):
+            in_training[kind, stage] = InTraining(ratio, 1.0)
+            continue
+        in_training[kind, stage] = InTraining(1.0, ratio)
+        for name, seconds in hidden.items():
+            hides[name] -= seconds
+    return in_training
 
 
 def _deviation(samples: Sequence[Sample]) -> float:

@@ -11,10 +11,10 @@ from cmpt.monitor.page import facts, figures, page, section, table
 from cmpt.monitor.records import utc_now
 from scaling_extrapolate import shares_of
 from scaling_fit import Sample
-from scaling_page_model import bandwidth_text, drawn, extrapolation, fitted, milliseconds, rate_text
+from scaling_page_model import drawn, extrapolation, fitted, milliseconds, rate_text
 from scaling_plots import Line, Row, bars, lines, values
 from scaling_read import MEASURED_TERMS
-from scaling_report import BYTES, Report
+from scaling_report import BYTES, Report, bandwidth_text
 from scaling_study import describe
 
 _MOST_HOSTS = 8

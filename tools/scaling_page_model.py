@@ -11,36 +11,23 @@ from scaling_extrapolate import LOSSES, Curve, largest_loss, moves, shares_of, t
 from scaling_fit import Fit, Sample
 from scaling_plots import Told, against, areas, changes, over_nodes
 from scaling_plots import errors as errors_plot
-from scaling_report import Report, curve_title
+from scaling_report import BENCHMARKED, TRAINED, Report, bandwidth_text, curve_label, curve_title, digits
+from scaling_study import describe
 from step_model import COMMUNICATION, TERMS, Link
 
 BAND = 0.15
 FORETOLD = "Foretold by the fitted model, not measured."
-ZERO = "engine.zero_stage"
-TRAINED = "of training's own all-reduces, less what compute hides"
 _MOST_NAMED = 5
-
-
-def bandwidth_text(link: Link) -> str:
-    bits = 8 * link.bytes_per_s
-    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9)):
-        if bits >= size:
-            return f"{_digits(bits / size)} {unit}"
-    return f"{_digits(bits / 1e6)} Mbit/s"
 
 
 def milliseconds(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
-    return f"{_digits(1e3 * seconds)} ms" if seconds >= 1e-3 or seconds == 0 else f"{_digits(1e6 * seconds)} µs"
+    return f"{digits(1e3 * seconds)} ms" if seconds >= 1e-3 or seconds == 0 else f"{digits(1e6 * seconds)} µs"
 
 
 def rate_text(per_s: float) -> str:
     return f"{per_s:,.0f}" if per_s >= 1000 else f"{per_s:,.1f}"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 or value == 0 else f"{value:.2f}"
 
 
 def drawn(svg: str, title: str, caption: str, wide: bool = False) -> str:
@@ -63,22 +50,24 @@ def fitted(report: Report) -> str:
         for name, value, meaning in _parameters(report, found)
     ]
     parts = [table(("parameter", "value"), rows)]
-    stages = sorted({stage for _, stage in found.exposed})
+    stages = sorted({stage for _, stage in found.collectives})
     if stages:
-        kinds = [kind for kind in COMMUNICATION if any((kind, stage) in found.exposed for stage in stages)]
-        cells = [(kind, *(_share(found, kind, stage) for stage in stages)) for kind in kinds]
-        head = ("collectives, exposed", *(f"ZeRO {stage}" for stage in stages))
+        kinds = [kind for kind in COMMUNICATION if any((kind, stage) in found.collectives for stage in stages)]
+        cells = [(kind, *(_in_training(found, kind, stage) for stage in stages)) for kind in kinds]
+        head = ("collectives", *(f"ZeRO {stage}" for stage in stages))
         told = (
-            "Measured seconds in collectives as a share of what the link alone would take. Below 1: compute hides the "
-            "rest, or the collective is cheaper than an all-reduce; above 1: it is slower in training than by itself."
+            "What collectives take in training, in units of what latency and bandwidth of the link make of all-reduces "
+            "with as many calls and bytes; exposed: the share of that which compute does not hide."
         )
         parts.append(f'<p class="note" style="margin-top: 28px">{told}</p>{table(head, cells)}')
     return section("The fitted model", *parts, note=note) + _held_out(report)
 
 
-def _share(found: Fit, kind: str, stage: int) -> str:
-    share = found.exposed.get((kind, stage))
-    return "" if share is None else f"{share:.2f}"
+def _in_training(found: Fit, kind: str, stage: int) -> str:
+    known = found.collectives.get((kind, stage))
+    return (
+        "" if known is None else f"{known.cost:.2f}" if known.exposed == 1 else f"{100 * known.exposed:.0f} % exposed"
+    )
 
 
 def _parameters(report: Report, found: Fit) -> list[tuple[str, str, str]]:
@@ -106,7 +95,7 @@ def _parameters(report: Report, found: Fit) -> list[tuple[str, str, str]]:
     for place, key, link in (("inside a host", "inside", found.inside), ("between nodes", "between", found.between)):
         trained = report.training_links.get(key)
         if link.bytes_per_s != float("inf"):
-            rows += _link_rows(f"Link {place}", link, TRAINED if link == trained else "of the benchmark's all-reduces")
+            rows += _link_rows(f"Link {place}", link, TRAINED if link == trained else BENCHMARKED)
         if trained is not None and link != trained:
             rows += _link_rows(f"Link {place}, in training", trained, TRAINED)
     spread = f"{100 * found.straggler_deviation:.1f} %"
@@ -178,7 +167,7 @@ def extrapolation(report: Report) -> list[str]:
         parts += _of_curve(number, curve)
     nodes = sorted({n for curve in curves for n in curve.nodes})
     rows = [(f"{n:,}", *(_foretold_cell(curve, n) for curve in curves)) for n in nodes]
-    numbers = table(("nodes", *map(_short_title, curves)), rows)
+    numbers = table(("nodes", *map(curve_label, curves)), rows)
     head = ("curve", *LOSSES, "largest at the end")
     return [
         section("More nodes", f'<div class="plots">{"".join(parts)}</div>', note=note),
@@ -188,28 +177,21 @@ def extrapolation(report: Report) -> list[str]:
     ]  # fmt: skip
 
 
-def _short_title(curve: Curve) -> str:
-    return f"{curve.scaling}, ZeRO {curve.zero_stage}"
-
-
 def _told(report: Report, curve: Curve) -> Told:
-    """With the measured points that lie on the curve, where one node is among them and nothing but ZeRO was varied."""
-    stages = sorted({other.zero_stage for other in report.curves})
-    on_curve = (
-        [sample for sample in report.samples if _is_on(sample, curve)] if set(report.study.sweep) <= {ZERO} else []
-    )
-    rates = {sample.work.nodes: sample.images_per_s for sample in on_curve}
+    """With the measured points that lie on the curve, where one node is among them."""
+    settings = list(dict.fromkeys(describe(other.settings) for other in report.curves))
+    rates = {sample.work.nodes: sample.images_per_s for sample in report.samples if _is_on(sample, curve)}
     measured = {nodes: rate / nodes / rates[1] for nodes, rate in sorted(rates.items())} if 1 in rates else {}
     efficiency = [curve.efficiency(nodes) for nodes in curve.nodes]
     dashed = curve.scaling == "strong"
-    return Told(_short_title(curve), curve.nodes, efficiency, measured, stages.index(curve.zero_stage), dashed)
+    colour = settings.index(describe(curve.settings))
+    return Told(curve_label(curve), curve.nodes, efficiency, measured, colour, dashed)
 
 
 def _is_on(sample: Sample, curve: Curve) -> bool:
     record, work = sample.record, sample.work
     same_size = record["batch_size"] == curve.batch_of(work.world_size) and record["scaling"] == curve.scaling
-    stage = record["settings"].get(ZERO, curve.zero_stage if work.world_size == 1 else sample.zero_stage)
-    return bool(same_size and work.ranks_per_node == curve.ranks_per_node and stage == curve.zero_stage)
+    return bool(same_size and work.ranks_per_node == curve.ranks_per_node and record["settings"] == curve.settings)
 
 
 def _of_curve(number: int, curve: Curve) -> Sequence[str]:
@@ -219,11 +201,11 @@ def _of_curve(number: int, curve: Curve) -> Sequence[str]:
     shares = {term: [of[term] for of in every] for term in TERMS if any(of[term] for of in every)}
     factors = dict(sorted(moves(curve, last).items(), key=lambda pair: -pair[1]))
     what = f"{curve_title(curve).partition('a node, ')[2]}. {FORETOLD}"
-    title = f"Images per second at {last:,} nodes: {_short_title(curve)}"
+    title = f"Images per second at {last:,} nodes: {curve_label(curve)}"
     return (
         drawn(
             areas(f"terms-{number}", curve.nodes, shares),
-            f"Share of the step: {_short_title(curve)}",
+            f"Share of the step: {curve_label(curve)}",
             "Over nodes; " + what,
         ),
         drawn(changes(f"moves-{number}", factors), title, "How many times as many with one change; " + what),
@@ -241,4 +223,4 @@ def _takeover(curve: Curve) -> Sequence[str]:
     last = curve.nodes[-1]
     term, share = largest_loss(curve, last)
     cells = (f"{nodes:,}" if nodes else "–" for nodes in (found[name] for name in LOSSES))
-    return escape(_short_title(curve)), *cells, f"{term} {100 * share:.0f} % at {last:,}"
+    return escape(curve_label(curve)), *cells, f"{term} {100 * share:.0f} % at {last:,}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,16 +14,19 @@ from typing import Any
 import torch
 
 from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
+from cmpt.engine.build import by_layer
 from cmpt.engine.traffic import parameter_sizes, recipe_bytes
 from cmpt.models.clip import CLIP
 from cmpt.recipe.schema import Recipe
-from scaling_extrapolate import Curve, Shape, calls_at, largest_loss, moves, shares_of, strong, takeovers, weak
+from scaling_extrapolate import Curve, Shape, calls_of, curve_of, largest_loss, moves, shares_of, takeovers
 from scaling_fit import Fit, Record, Sample, fit, held_out, read_links, samples_of, training_link
 from scaling_study import Point, Study, describe, point_recipe
 from step_model import Link
 
 BYTES = ("features", "gradients", "parameters")
 """Kinds whose bytes arithmetic gives to the last one; "control" holds Python objects too."""
+TRAINED = "of training's own all-reduces, less what compute hides"
+BENCHMARKED = "of the benchmark's all-reduces"
 COLUMNS = (
     "point", "scaling", "nodes", "ranks_per_node", "world_size", "batch_size", "settings", "repeats", "status",
     "images_per_s", "step_s", "efficiency", "compute_s", "optimizer_s", "features_s", "gradients_s", "parameters_s",
@@ -96,7 +100,7 @@ def build(study: Study, points: Sequence[Point], records: Sequence[Record], coll
     samples = samples_of(records, recipes, sum(map(sum, sizes)))
     if not samples:
         return Report(study, records, [], None, {}, {}, [], {})
-    nccl = any(gpu in samples[0].record["device"] for gpu in ("NVIDIA", "GPU"))
+    nccl = samples[0].record["gpu"]
     benchmarked = read_links(collectives)
     found = fit(samples, benchmarked)
     links = {name: training_link(samples, several) for name, several in (("inside", False), ("between", True))}
@@ -120,8 +124,7 @@ def model_sizes(recipe: Recipe) -> list[list[int]]:
     """Of the parameters by optimizer group; no memory is taken for them."""
     with torch.device("meta"):
         clip = CLIP(recipe.model, recipe.image.size)
-    by_layer = recipe.optimizer.vision_layer_decay != 1 or recipe.optimizer.text_layer_decay != 1
-    return parameter_sizes(clip, by_layer)
+    return parameter_sizes(clip, by_layer(recipe.optimizer))
 
 
 def _bytes(sample: Sample, recipe: Recipe, sizes: Sequence[Sequence[int]], nccl: bool) -> Bytes:
@@ -137,20 +140,23 @@ def _curves(
     nccl: bool,
     found: Fit,
 ) -> list[Curve]:
-    """Weak and strong scaling of every ZeRO stage at the most processes per node that were measured."""
+    """Weak and strong scaling, each at the study's first size, with every setting of its sweep, at the most processes
+    per node that were measured. Settings that only single processes ran are left out: of their collectives nothing is
+    known."""
     per_node = max(sample.work.ranks_per_node for sample in samples)
+    by_settings: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_settings.setdefault(describe(sample.record["settings"]), []).append(sample)
     curves = []
-    stages = sorted({recipes[s.name].engine.zero_stage for s in samples})
-    for stage in stages:
-        of_stage = [s for s in samples if recipes[s.name].engine.zero_stage == stage]
-        calls = calls_at(samples, stage)
-        if not calls:  # only single processes were measured: nothing is known of collectives
+    for same in by_settings.values():
+        calls = calls_of(same)
+        if not calls:
             continue
-        recipe = recipes[of_stage[0].name]
-        towers = [s.work.tower_flops / s.work.samples for s in of_stage]
-        shape = Shape(recipe, sizes, statistics.fmean(towers), calls, nccl)
-        curves += [weak(shape, found, per_node, study.weak[0])] if study.weak else []
-        curves += [strong(shape, found, per_node, study.strong[0])] if study.strong else []
+        towers = [sample.work.tower_flops / sample.work.samples for sample in same]
+        shape = Shape(recipes[same[0].name], sizes, statistics.fmean(towers), calls, nccl)
+        settings = same[0].record["settings"]
+        for scaling, of_study in (("weak", study.weak), ("strong", study.strong)):
+            curves += [curve_of(scaling, size, settings, per_node, shape, found) for size in of_study[:1]]
     return curves
 
 
@@ -200,11 +206,12 @@ def _fit_lines(report: Report) -> list[str]:
     for ranks, seconds in found.seconds_per_flop.items():
         lines.append(f"- compute, {ranks} processes a node: {1e-9 / seconds:.1f} GFLOP/s each, "
                      f"{1000 * found.fixed_s:.1f} ms whatever the batch")  # fmt: skip
-    for name, link in (("inside a node", found.inside), ("between nodes", found.between)):
-        if link.bytes_per_s != float("inf"):
-            lines.append(f"- link {name}: {link_text(link)}")
-    for name, link in report.training_links.items():
-        lines.append(f"- the same {name}, from training's own all-reduces: {link_text(link)}")
+    for key, name in (("inside", "inside a node"), ("between", "between nodes")):
+        used, trained = getattr(found, key), report.training_links.get(key)
+        if used.bytes_per_s != float("inf"):
+            lines.append(f"- link {name}: {link_text(used)} ({TRAINED if used == trained else BENCHMARKED})")
+        if trained is not None and trained != used:
+            lines.append(f"- link {name}: {link_text(trained)} ({TRAINED})")
     lines.append(f"- spread of compute over ranks: {100 * found.straggler_deviation:.1f} %")
     if report.errors:
         worst, middle = max(report.errors), statistics.median(report.errors)
@@ -217,7 +224,20 @@ def _fit_lines(report: Report) -> list[str]:
 
 
 def link_text(link: Link) -> str:
-    return f"{8e-6 * link.bytes_per_s:,.1f} Mbit/s, {1000 * link.latency_s:.3f} ms a round"
+    return f"{bandwidth_text(link)}, {1000 * link.latency_s:.3f} ms a round"
+
+
+def bandwidth_text(link: Link) -> str:
+    bits = 8 * link.bytes_per_s
+    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9)):
+        if bits >= size:
+            return f"{digits(bits / size)} {unit}"
+    return f"{digits(bits / 1e6)} Mbit/s"
+
+
+def digits(value: float) -> str:
+    """Three of them, or the whole part."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 or value == 0 else f"{value:.2f}"
 
 
 def _curve_lines(curve: Curve) -> list[str]:
@@ -237,7 +257,12 @@ def _curve_lines(curve: Curve) -> list[str]:
 def curve_title(curve: Curve) -> str:
     size = curve.batch_of(1)
     what = f"{size} pairs per process" if curve.scaling == "weak" else f"batch {size:,}"
-    return f"{curve.scaling} scaling, ZeRO {curve.zero_stage}, {curve.ranks_per_node} processes a node, {what}"
+    return f"{curve_label(curve, ' scaling')}, {curve.ranks_per_node} processes a node, {what}"
+
+
+def curve_label(curve: Curve, word: str = "") -> str:
+    settings = describe(curve.settings)
+    return f"{curve.scaling}{word}" + (f", {settings}" if settings else "")
 
 
 def write_csv(report: Report, path: Path) -> None:
@@ -281,7 +306,9 @@ def write_json(report: Report, path: Path) -> None:
     told: dict[str, Any] = {"points": len(report.samples), "failed": len(report.failed)}
     if found is not None:
         plain = asdict(found)
-        plain["exposed"] = {f"{kind} at ZeRO {stage}": share for (kind, stage), share in found.exposed.items()}
+        plain["collectives"] = {
+            f"{kind} at ZeRO {stage}": each._asdict() for (kind, stage), each in found.collectives.items()
+        }
         told |= {
             "device": report.samples[0].record["device"],
             "fit": plain,
@@ -297,4 +324,13 @@ def write_json(report: Report, path: Path) -> None:
                 for curve in report.curves
             ],
         }
-    path.write_text(json.dumps(told, indent=1).replace("Infinity", "null") + "\n")
+    path.write_text(json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Infinity, of a link that was not measured, is no JSON: null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

@@ -180,8 +180,10 @@ class Runner:
 
     def _environment_of(self, run: Path) -> dict[str, Any]:
         found = json.loads((run / "environment.json").read_text())
-        device = next(iter(found["host"]["gpus"]), None) or found["host"]["cpu"]
-        return {"revision": found["revision"], "device": device, "threads": found["threads_per_process"]}
+        gpus = found["host"]["gpus"]
+        device = gpus[0] if gpus else found["host"]["cpu"]
+        threads = found["threads_per_process"]
+        return {"revision": found["revision"], "device": device, "gpu": bool(gpus), "threads": threads}
 
 
 def cause_of(code: int, log: str) -> str:

@@ -26,7 +26,7 @@ from statistics import NormalDist
 
 COMMUNICATION = ("features", "gradients", "parameters", "control")
 TERMS = ("compute", "loss", "optimizer", *COMMUNICATION, "stragglers", "data")
-_BACKWARD_SHARE = 2 / 3
+BACKWARD_SHARE = 2 / 3
 """Of compute: what can hide communication."""
 
 
@@ -74,9 +74,11 @@ class Machine:
     fixed_s: float = 0.0
     """Of compute, whatever the batch."""
     optimizer_fixed_s: float = 0.0
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """By kind: how many times as long as its latency and bytes say a collective takes in training; 1 where it is not
+    named."""
     exposed: Mapping[str, float] = field(default_factory=dict)
-    """By kind: the share of a collective's time that compute does not hide; 1 where it is not named. Above 1 where
-    collectives in training are slower than alone."""
+    """By kind: the share of that which compute does not hide, if it lasts long enough; 1 where it is not named."""
     straggler_deviation: float = 0.0
     """Standard deviation of a rank's compute within a step, as a share of the mean."""
     loader_samples_per_s: float | None = None
@@ -93,13 +95,12 @@ def step_terms(work: Work, machine: Machine) -> dict[str, float]:
         "loss": work.loss_flops / machine.flops_per_s,
         "optimizer": machine.optimizer_fixed_s + work.stepped_elements / machine.optimizer_elements_per_s,
     }
-    hides = _BACKWARD_SHARE * compute
+    hides = BACKWARD_SHARE * compute
     for kind in COMMUNICATION:
-        seconds = collective_seconds(work, machine, kind)
-        share = machine.exposed.get(kind, 1.0)
-        hidden = min(max(0.0, 1 - share) * seconds, hides)
+        seconds = machine.cost.get(kind, 1.0) * collective_seconds(work, machine, kind)
+        hidden = min((1 - machine.exposed.get(kind, 1.0)) * seconds, hides)
         hides -= hidden
-        terms[kind] = seconds * max(1.0, share) - hidden
+        terms[kind] = seconds - hidden
     terms["stragglers"] = compute * machine.straggler_deviation * expected_largest(work.world_size)
     busy = sum(terms.values())
     rate = machine.loader_samples_per_s

@@ -23,6 +23,15 @@ def test_the_fit_finds_latency_and_bandwidth() -> None:
     assert 0 < error < 0.05
 
 
+def test_a_disturbed_size_does_not_bend_the_fit() -> None:
+    """Another process takes a core for a moment."""
+    points = [{"sent_bytes": 4.0**power, "seconds": 2e-4 + 4.0**power / 1e7} for power in range(6, 13)]
+    points[4]["seconds"] *= 1.6
+    latency_s, bytes_per_s, error = fit_link(points)
+    assert latency_s == pytest.approx(2e-4, rel=0.2) and bytes_per_s == pytest.approx(1e7, rel=0.05)
+    assert error < 0.05
+
+
 def test_one_size_is_not_enough() -> None:
     with pytest.raises(ValueError, match="expected at least two sizes"):
         fit_link([{"sent_bytes": 100.0, "seconds": 1.0}] * 3)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cmpt.models.flops import loss_flops
-from scaling_extrapolate import Curve, Shape, largest_loss, moves, strong, takeovers, weak
+from scaling_extrapolate import Curve, Shape, curve_of, largest_loss, moves, takeovers
 from scaling_fit import Fit, Sample, fit, held_out, read_links, samples_of, training_link
 from scaling_read import MEASURED_TERMS
 from step_model import Link, Machine, Work, rounds, step_terms
@@ -27,7 +27,8 @@ TRUE = Machine(
     between=Link(5e-3, 1.25e7),
     fixed_s=0.1,
     optimizer_fixed_s=0.004,
-    exposed={"gradients": 0.7, "parameters": 1.2},
+    cost={"parameters": 1.2},
+    exposed={"gradients": 0.7},
     straggler_deviation=0.04,
 )
 SHARDED_S = {0: 0.0, 1: 0.03, 2: 0.03, 3: 0.06}
@@ -93,8 +94,8 @@ def test_the_machine_that_made_the_points_is_found(tmp_path: Path) -> None:
     assert found.sharded_s == pytest.approx({1: 0.03, 2: 0.03, 3: 0.06}, rel=1e-2)
     assert found.inside.bytes_per_s == pytest.approx(4e8, rel=0.02)
     assert found.inside.latency_s == pytest.approx(2e-4, rel=0.05)
-    assert found.exposed["gradients", 1] == pytest.approx(0.7, rel=0.03)
-    assert found.exposed["parameters", 3] == pytest.approx(1.2, rel=0.03)
+    assert found.collectives["gradients", 1] == pytest.approx((1, 0.7), rel=0.03)
+    assert found.collectives["parameters", 3] == pytest.approx((1.2, 1), rel=0.03)
     assert found.straggler_deviation == pytest.approx(0.04, rel=0.05)
 
 
@@ -121,6 +122,20 @@ def test_a_held_out_point_is_not_in_its_own_fit() -> None:
     assert sum(foretold[odd.name].values()) < 10
 
 
+def test_compute_is_not_said_to_hide_more_than_it_lasts() -> None:
+    """Gathers that run side by side take a tenth of their latencies one after the other: that is cost, not cover."""
+    link = Link(0.02, 1.25e7)
+    made = []
+    for each in two_hosts():
+        of = replace(each.work, calls={**each.work.calls, "parameters": 100})
+        terms = step_terms(of, replace(machine(each.zero_stage, 1), between=link, cost={"parameters": 0.1}, exposed={}))
+        terms["compute"] += terms.pop("loss")
+        made.append(replace(each, work=of, terms_s=terms, step_s=sum(terms.values())))
+    assert fit(made, [(2, link)]).collectives["parameters", 3] == pytest.approx((0.1, 1), rel=0.01)
+    foretold = held_out(made, [(2, link)])
+    assert max(abs(sum(foretold[s.name].values()) / s.step_s - 1) for s in made) < 0.05
+
+
 @pytest.mark.parametrize("megabits", [50, 200, 1000])
 def test_the_bandwidth_of_a_link_shows_in_training_s_own_all_reduces(megabits: float) -> None:
     link = Link(0.002, megabits * 1e6 / 8)
@@ -132,7 +147,7 @@ def test_the_bandwidth_of_a_link_shows_in_training_s_own_all_reduces(megabits: f
 
 
 def seconds_over(of: Work, link: Link) -> dict[str, float]:
-    plain = replace(TRUE, flops_per_s=1e12, between=link, exposed={})
+    plain = replace(TRUE, flops_per_s=1e12, between=link, cost={}, exposed={})
     return {kind: seconds for kind, seconds in step_terms(of, plain).items() if kind in of.calls}
 
 
@@ -163,7 +178,7 @@ def curve(scaling: str, stage: int = 1) -> Curve:
     found = replace(found, between=Link(1e-5, 1e10), inside=Link(1e-6, 1e11))
     calls = {"features": 2, "gradients": 1, "parameters": 5, "control": 7}
     shape = Shape(recipe(stage), SIZES, 1e9, calls, nccl=True)
-    return weak(shape, found, 2, 64) if scaling == "weak" else strong(shape, found, 2, 4096)
+    return curve_of(scaling, {"weak": 64, "strong": 4096}[scaling], {"engine.zero_stage": stage}, 2, shape, found)
 
 
 def test_efficiency_falls_with_nodes_from_one() -> None:

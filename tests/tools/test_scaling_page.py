@@ -18,7 +18,7 @@ from small_studies import study
 from scaling_fit import samples_of
 from scaling_page import write_page
 from scaling_plots import spread
-from scaling_report import Report, build, text, write_csv, write_json
+from scaling_report import Report, build, curve_label, text, write_csv, write_json
 from scaling_run import Runner
 from scaling_study import Point, Study, point_recipe, study_hosts, study_points
 from step_model import COMMUNICATION, Link, Machine, step_terms
@@ -53,10 +53,11 @@ def record(of: Study, point: Point, **more: Any) -> dict[str, Any]:
         "point": point.name, "repeat": 0, "fingerprint": Runner(of).fingerprint(point), "status": "done",
         "scaling": point.scaling, "nodes": point.nodes, "ranks_per_node": point.ranks_per_node,
         "world_size": point.world_size, "batch_size": point.batch_size, "settings": dict(point.settings),
-        "hosts": [host for host, _ in point.hosts if host], "flops_per_sample": 1e9, "sent_bytes": sent,
+        "hosts": [host for host, _ in point.hosts if host], "sent_bytes": sent,
+        "flops_per_sample": 1e9 * (1 - dict(point.settings).get("masking.ratio", 0)),
         "calls": calls if point.world_size > 1 else dict.fromkeys(calls, 0),
         "peak_memory_bytes": [2**30] * point.world_size, "wire_bytes": 0.0, "device": "a <processor>",
-        "revision": "abc",
+        "gpu": False, "revision": "abc",
         "terms_s": {"compute": 1.0, "optimizer": 0.0, **sent, "stragglers": 0.0, "data": 0.0}, "step_s": 1.0,
     }  # fmt: skip
     if point.world_size > 1:
@@ -206,6 +207,16 @@ def test_a_study_of_one_number_of_processes_says_that_it_shows_no_scaling(tmp_pa
     assert "Only one host was measured" in page
 
 
+def test_every_setting_of_a_sweep_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    report, _ = report_of(tmp_path, sweep={"engine.zero_stage": [1], "masking.ratio": [0.4, 0.6]})
+    labels = [f"{scaling}, ZeRO 1, ratio {ratio}" for ratio in (0.4, 0.6) for scaling in ("weak", "strong")]
+    assert [curve_label(curve) for curve in report.curves] == labels
+    flops = [curve.shape.tower_flops_per_sample for curve in report.curves]
+    assert flops[0] == flops[1] == pytest.approx(1.5 * flops[2], rel=0.01)
+    page = page_of(report, tmp_path)
+    assert all(label in page for label in labels)
+
+
 def test_single_processes_alone_foretell_nothing(tmp_path: Path) -> None:
     report, _ = report_of(tmp_path, processes=[1], **FEW)
     page = page_of(report, tmp_path)
@@ -252,3 +263,4 @@ def test_console_csv_and_json_hold_the_same_points(report: Report, tmp_path: Pat
     write_json(report, tmp_path / "fit.json")
     found = json.loads((tmp_path / "fit.json").read_text())
     assert found["failed"] == 1 and len(found["errors"]) == len(points)
+    assert found["fit"]["between"]["bytes_per_s"] is None, "no link between nodes was measured"

@@ -67,7 +67,7 @@ def test_compute_hides_what_is_not_exposed_but_no_more_than_the_backward_pass() 
 
 
 def test_collectives_that_are_slower_in_training_than_alone_cost_more() -> None:
-    slow = step_terms(WORK, replace(MACHINE, exposed={"gradients": 1.5}))
+    slow = step_terms(WORK, replace(MACHINE, cost={"gradients": 1.5}))
     assert slow["gradients"] == pytest.approx(1.5 * step_terms(WORK, MACHINE)["gradients"])
 
 
