@@ -34,11 +34,12 @@ def test_the_fit_shows_the_link_and_foretells_points_that_it_has_not_seen(
             "sweep": {"engine.zero_stage": [1, 2, 3]},
             "warmup_steps": 2,
             "measured_steps": 6,
+            "repeats": 3,
             "launcher": ["--no_ssh_check", "--master_addr", hosts.names[0]],
         }
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(study))
-        done = run_cli(hosts.on_first([*SCALING, str(path)]), env=hosts.environment(), timeout=1800)
+        done = run_cli(hosts.on_first([*SCALING, str(path)]), env=hosts.environment(), timeout=2400)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "study/fit.json").read_text())
