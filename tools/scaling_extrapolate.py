@@ -132,7 +132,12 @@ def moves(curve: Curve, nodes: int) -> dict[str, float]:
         "links of half the latency": links(0.5, 1.0),
         "gradients and parameters hidden by compute": replace(machine, exposed=hidden),
         "no stragglers": replace(machine, straggler_deviation=0.0),
-        "compute twice as fast": replace(machine, flops_per_s=2 * machine.flops_per_s, fixed_s=machine.fixed_s / 2),
+        "compute twice as fast": replace(
+            machine,
+            flops_per_s=2 * machine.flops_per_s,
+            fixed_s=machine.fixed_s / 2,
+            sharded_s=machine.sharded_s / 2,
+        ),
         "latency of a ring (W - 1 rounds) instead of a tree's": replace(machine, ring=True),
     }
     now = curve.images_per_s(nodes)

@@ -11,7 +11,7 @@ from scaling_extrapolate import LOSSES, Curve, largest_loss, moves, shares_of, t
 from scaling_fit import Fit, Sample
 from scaling_plots import Told, against, areas, changes, over_nodes
 from scaling_plots import errors as errors_plot
-from scaling_report import BENCHMARKED, TRAINED, Report, bandwidth_text, curve_label, curve_title, digits
+from scaling_report import BENCHMARKED, TRAINED, Report, bandwidth_text, curve_label, curve_title, digits, processes
 from scaling_study import describe
 from step_model import COMMUNICATION, TERMS, Link
 
@@ -76,8 +76,7 @@ def _parameters(report: Report, found: Fit) -> list[tuple[str, str, str]]:
     for ranks, seconds in found.seconds_per_flop.items():
         rate = 1 / seconds
         value = f"{1e-12 * rate:,.1f} TFLOP/s" if rate >= 1e12 else f"{1e-9 * rate:,.1f} GFLOP/s"
-        several = f"{ranks} processes a host" if ranks > 1 else "1 process a host"
-        rows.append((f"Compute, {several}", value, "of a process, in the towers and the loss"))
+        rows.append((f"Compute, {processes(ranks)} a host", value, "of a process, in the towers and the loss"))
     rows.append(("Compute, constant", milliseconds(found.fixed_s), "of every step, whatever the batch"))
     stages = [("1 and 2", found.sharded_s.get(1, 0.0)), ("3", found.sharded_s.get(3, 0.0))]
     rows += [
@@ -159,7 +158,7 @@ def extrapolation(report: Report) -> list[str]:
         most = max(sample.work.nodes for sample in report.samples)
         svg = over_nodes("over-nodes", [told for told, _ in lines], most)
         caption = (
-            f"Images per second and node over nodes, against one node of {curves[0].ranks_per_node} processes. Lines "
+            f"Images per second and node over nodes, against one node of {processes(curves[0].ranks_per_node)}. Lines "
             "are foretold by the fitted model, not measured; dots are measured, where one node was measured too."
         )
         parts.append(drawn(svg, "Efficiency over nodes", caption, wide=True))

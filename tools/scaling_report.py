@@ -204,7 +204,7 @@ def _fit_lines(report: Report) -> list[str]:
     assert found is not None
     lines = ["fitted:"]
     for ranks, seconds in found.seconds_per_flop.items():
-        lines.append(f"- compute, {ranks} processes a node: {1e-9 / seconds:.1f} GFLOP/s each, "
+        lines.append(f"- compute, {processes(ranks)} a node: {1e-9 / seconds:.1f} GFLOP/s each, "
                      f"{1000 * found.fixed_s:.1f} ms whatever the batch")  # fmt: skip
     for key, name in (("inside", "inside a node"), ("between", "between nodes")):
         used, trained = getattr(found, key), report.training_links.get(key)
@@ -257,7 +257,11 @@ def _curve_lines(curve: Curve) -> list[str]:
 def curve_title(curve: Curve) -> str:
     size = curve.batch_of(1)
     what = f"{size} pairs per process" if curve.scaling == "weak" else f"batch {size:,}"
-    return f"{curve_label(curve, ' scaling')}, {curve.ranks_per_node} processes a node, {what}"
+    return f"{curve_label(curve, ' scaling')}, {processes(curve.ranks_per_node)} a node, {what}"
+
+
+def processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def curve_label(curve: Curve, word: str = "") -> str:

@@ -73,7 +73,11 @@ class Machine:
     """Between nodes."""
     fixed_s: float = 0.0
     """Of compute, whatever the batch."""
+    sharded_s: float = 0.0
+    """More of compute with several ranks, which a stage of ZeRO shards between them."""
     optimizer_fixed_s: float = 0.0
+    optimizer_sharded_s: float = 0.0
+    """The same of the optimizer."""
     cost: Mapping[str, float] = field(default_factory=dict)
     """By kind: how many times as long as its latency and bytes say a collective takes in training; 1 where it is not
     named."""
@@ -89,11 +93,13 @@ class Machine:
 
 def step_terms(work: Work, machine: Machine) -> dict[str, float]:
     """Seconds by term; their sum is the step."""
-    compute = machine.fixed_s + work.tower_flops / machine.flops_per_s
+    several = work.world_size > 1
+    compute = machine.fixed_s + several * machine.sharded_s + work.tower_flops / machine.flops_per_s
+    optimizer = machine.optimizer_fixed_s + several * machine.optimizer_sharded_s
     terms = {
         "compute": compute,
         "loss": work.loss_flops / machine.flops_per_s,
-        "optimizer": machine.optimizer_fixed_s + work.stepped_elements / machine.optimizer_elements_per_s,
+        "optimizer": optimizer + work.stepped_elements / machine.optimizer_elements_per_s,
     }
     hides = BACKWARD_SHARE * compute
     for kind in COMMUNICATION:

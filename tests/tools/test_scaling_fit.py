@@ -203,6 +203,15 @@ def test_in_weak_scaling_the_loss_and_the_features_take_over_for_they_grow_with_
     assert largest_loss(slow, 1024)[0] in ("features", "gradients")
 
 
+def test_a_single_process_is_foretold_without_the_costs_of_zero() -> None:
+    """One rank alone runs as stage 0, so the curve starts where the point was measured."""
+    found = fit(two_hosts())
+    shape = Shape(recipe(3), SIZES, 1e9, {"parameters": 5}, nccl=False)
+    of = curve_of("weak", 32, {}, 1, shape, found)
+    assert of.terms(1)["compute"] == pytest.approx(found.fixed_s + 32e9 * found.seconds_per_flop[1])
+    assert of.terms(2)["compute"] == pytest.approx(of.terms(1)["compute"] + found.sharded_s[3])
+
+
 def test_what_moves_it_is_what_it_is_slow_in() -> None:
     of = curve("strong")
     slow = replace(of, machine=replace(of.machine, between=Link(1e-6, 1e5), exposed={}))
