@@ -16,10 +16,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmpt.monitor.records import RecordWriter, read_records
 from cmpt.recipe import to_yaml
 from hosts import Launch, silent_hosts, ssh_command, with_alive_options
 from scaling_read import TimingsError, measured, read_timings
@@ -44,14 +45,15 @@ class Runner:
         self._given = Launch(("deepspeed",), tuple(study.launcher), "", ())
 
     def records(self) -> list[dict[str, Any]]:
-        """Of every start that ended, the last one of each (point, repeat); a torn last line is no record."""
-        last: dict[tuple[str, int], dict[str, Any]] = {}
-        if self._records.is_file():
-            for line in self._records.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    last[record["point"], record["repeat"]] = record
-        return list(last.values())
+        """Of every start that ended, the last one of each (point, repeat); a torn last line is no record.
+
+        Raises StudyError where another line is none.
+        """
+        try:
+            found = read_records(self._records)
+        except ValueError as error:
+            raise StudyError(str(error)) from error
+        return list({(record["point"], record["repeat"]): record for record in found}.values())
 
     def missing(self, points: Sequence[Point], again: bool) -> list[tuple[Point, int]]:
         """Starts that are still to be made: all points once, then all of them again. `again`: failed ones too.
@@ -113,9 +115,18 @@ class Runner:
             record |= {"status": "failed", "cause": str(error), "log": str(log)}
         shutil.rmtree(run / "checkpoints", ignore_errors=True)  # nobody wants weights of so few steps
         record["seconds"] = time.monotonic() - began
-        with self._records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._keep(record)
         return record
+
+    def _keep(self, record: Mapping[str, Any]) -> None:
+        writer = RecordWriter(self._records)
+        try:
+            writer.append(record)
+            writer.sync()
+        except OSError as error:
+            raise StudyError(f"{self._records}: cannot be written: {error.strerror}") from error
+        finally:
+            writer.close()
 
     def collectives(self, point: Point) -> Path:
         """The benchmark of collectives on the hosts of the point; made where it is not there. Raises StudyError."""

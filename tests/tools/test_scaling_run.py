@@ -121,6 +121,16 @@ def test_what_was_measured_is_not_measured_again_unless_it_failed_and_is_wanted(
     assert (points[1].name, 0) in [(p.name, r) for p, r in runner.missing(points, again=True)]
 
 
+def test_a_record_after_half_a_line_is_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = study(tmp_path)
+    points, runner = study_points(of, {}), Runner(of)
+    runner.folder.mkdir()
+    (runner.folder / "points.jsonl").write_text('{"point": "half')
+    monkeypatch.setattr(Runner, "launch", lambda self, point, script, log: log.write_text("error: broken\n") and 1)
+    runner.measure(points[0], 0)
+    assert [(record["point"], record["cause"]) for record in runner.records()] == [(points[0].name, "broken")]
+
+
 def test_a_folder_with_points_of_other_settings_is_refused(tmp_path: Path) -> None:
     of = study(tmp_path)
     points, runner = study_points(of, {}), Runner(of)
