@@ -77,6 +77,8 @@ def _parameters(report: Report, found: Fit) -> list[tuple[str, str, str]]:
         rate = 1 / seconds
         value = f"{1e-12 * rate:,.1f} TFLOP/s" if rate >= 1e12 else f"{1e-9 * rate:,.1f} GFLOP/s"
         rows.append((f"Compute, {processes(ranks)} a host", value, "of a process, in the towers and the loss"))
+    if report.mfu is not None:
+        rows.append(("Compute, MFU", f"{report.mfu:.3f}", "of the device's bf16 peak while ranks compute, the median"))
     rows.append(("Compute, constant", milliseconds(found.fixed_s), "of every step, whatever the batch"))
     stages = [("1 and 2", found.sharded_s.get(1, 0.0)), ("3", found.sharded_s.get(3, 0.0))]
     rows += [

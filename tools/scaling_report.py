@@ -17,6 +17,7 @@ from cmpt.data.tokenizer import open_tokenizer, with_vocabulary
 from cmpt.engine.build import by_layer
 from cmpt.engine.traffic import parameter_sizes, recipe_bytes
 from cmpt.models.clip import CLIP
+from cmpt.models.flops import peak_flops
 from cmpt.recipe.schema import Recipe
 from scaling_extrapolate import Curve, Shape, calls_of, curve_of, largest_loss, moves, shares_of, takeovers
 from scaling_fit import Fit, Record, Sample, fit, held_out, read_links, samples_of, training_link
@@ -79,6 +80,17 @@ class Report:
     @property
     def errors(self) -> list[float]:
         return [abs(error) for sample in self.samples if (error := self.error(sample)) is not None]
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the device's peak that ranks reach while they compute, the median over points; None for a device
+        whose peak is not known."""
+        peak = peak_flops(self.samples[0].record["device"]) if self.samples else None
+        if peak is None:
+            return None
+        return statistics.median(
+            (of.work.tower_flops + of.work.loss_flops) / of.terms_s["compute"] / peak for of in self.samples
+        )
 
     def efficiency(self, sample: Sample) -> float | None:
         """Images per second and process, against the fewest processes of the same scaling, settings and size."""
@@ -206,6 +218,8 @@ def _fit_lines(report: Report) -> list[str]:
     for ranks, seconds in found.seconds_per_flop.items():
         lines.append(f"- compute, {processes(ranks)} a node: {1e-9 / seconds:.1f} GFLOP/s each, "
                      f"{1000 * found.fixed_s:.1f} ms whatever the batch")  # fmt: skip
+    if report.mfu is not None:
+        lines.append(f"- MFU while computing: {report.mfu:.3f} in the median over points (for plan.py --mfu)")
     for key, name in (("inside", "inside a node"), ("between", "between nodes")):
         used, trained = getattr(found, key), report.training_links.get(key)
         if used.bytes_per_s != float("inf"):
@@ -315,6 +329,7 @@ def write_json(report: Report, path: Path) -> None:
         }
         told |= {
             "device": report.samples[0].record["device"],
+            "mfu": report.mfu,
             "fit": plain,
             "errors": {sample.name: report.error(sample) for sample in report.samples},
             "bytes_apart": max((sent.apart for sent in report.bytes.values()), default=None),

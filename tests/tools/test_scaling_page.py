@@ -6,7 +6,9 @@ import contextlib
 import csv
 import json
 import re
+import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,17 @@ def test_every_setting_of_a_sweep_has_a_curve_of_its_own(tmp_path: Path) -> None
     assert flops[0] == flops[1] == pytest.approx(1.5 * flops[2], rel=0.01)
     page = page_of(report, tmp_path)
     assert all(label in page for label in labels)
+
+
+def test_the_mfu_is_told_where_the_peak_of_the_device_is_known(report: Report, tmp_path: Path) -> None:
+    assert report.mfu is None and "MFU" not in text(report)
+    on_gpus = [
+        replace(sample, record={**sample.record, "device": "NVIDIA A100-SXM4-80GB"}) for sample in report.samples
+    ]
+    told = replace(report, samples=on_gpus)
+    rates = [1e9 * sample.work.samples / sample.terms_s["compute"] for sample in on_gpus]
+    assert told.mfu == pytest.approx(statistics.median(rates) / 312e12)
+    assert "MFU while computing" in text(told) and "Compute, MFU" in page_of(told, tmp_path)
 
 
 def test_single_processes_alone_foretell_nothing(tmp_path: Path) -> None:
