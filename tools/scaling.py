@@ -66,13 +66,16 @@ def run(options: argparse.Namespace) -> int:
     missing = runner.missing(points, options.retry_failed)
     if not options.report_only:
         runner.check_hosts(sorted({host for point, _ in missing for host, _ in point.hosts if host}))
+    try:
         runner.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f'folder = "{study.folder}": cannot make {runner.folder}: {error.strerror}') from error
+    if not options.report_only:
         collectives = benchmark(runner, points)
         measure(runner, missing)
     else:
         collectives = sorted(runner.folder.glob("collectives-*.json"))
     report = build(study, points, runner.records(), collectives)
-    runner.folder.mkdir(parents=True, exist_ok=True)
     write_csv(report, runner.folder / "points.csv")
     write_json(report, runner.folder / "fit.json")
     page = write_page(report, runner.folder / "scaling.html")

@@ -28,6 +28,17 @@ _AT_LEAST: dict[str, float] = {
     "repeats": 1,
 }
 _ABOVE_ZERO = ("timeout_minutes", "collectives_seconds")
+_OFF = {
+    "run.copy_checkpoints_to": "null",
+    "guard.weights_every": "null",
+    "data.heldout": "[]",
+    "evaluation.suite": "null",
+    "evaluation.every": "null",
+}
+"""What a point does without: it would be part of what is measured."""
+DECIDED = ("engine.batch_size", "run.folder", "run.name", "run.overwrite", "run.timings", "run.stop_after",
+           "run.checkpoint_every", *_OFF)  # fmt: skip
+"""Recipe keys that the study sets in every point."""
 
 
 @dataclass
@@ -55,7 +66,7 @@ class Study:
     sweep: dict[str, Any] = field(default_factory=dict)
     """Recipe key -> list of values; a point for every combination, e.g. {engine.zero_stage: [1, 2, 3]}."""
     overrides: list[str] = field(default_factory=list)
-    """key=value for every point."""
+    """key=value for every point; of other keys than DECIDED, as in a sweep."""
     warmup_steps: int = 5
     """Steps of a point that are not measured: compilation, the first batches, full caches."""
     measured_steps: int = 20
@@ -154,6 +165,11 @@ def _check(study: Study, report: Any) -> None:
     for key, values in study.sweep.items():
         if not isinstance(values, list) or not values:
             report(f"sweep.{key}", values, "expected a list of values, at least one")
+        if key in DECIDED:
+            report(f"sweep.{key}", values, _decided_by(key))
+    for override in study.overrides:
+        if (key := override.partition("=")[0].strip()) in DECIDED:
+            report("overrides", override, _decided_by(key))
     for key, value in study.environment.items():
         if isinstance(value, dict | list) or value is None:
             report(f"environment.{key}", value, "expected a text or a number")
@@ -167,6 +183,10 @@ def _check(study: Study, report: Any) -> None:
         report("processes", study.processes, "is for this host alone; with a hostfile give nodes")
     if not study.weak and not study.strong:
         report("weak", study.weak, "the study has no points: give weak (pairs per process), strong (batches), or both")
+
+
+def _decided_by(key: str) -> str:
+    return "is decided by " + ("weak and strong" if key == "engine.batch_size" else "the study itself")
 
 
 def study_hosts(study: Study) -> Slots:
@@ -231,11 +251,7 @@ def point_recipe(study: Study, point: Point, repeat: int = 0) -> LoadedRecipe:
         "run.timings=true",
         f"run.stop_after={steps} steps",
         f"run.checkpoint_every={MOST_STEPS} steps",
-        "run.copy_checkpoints_to=null",
-        "guard.weights_every=null",
-        "data.heldout=[]",
-        "evaluation.suite=null",
-        "evaluation.every=null",
+        *(f"{key}={value}" for key, value in _OFF.items()),
     ]
     return load_recipe(study.recipe, overrides)
 

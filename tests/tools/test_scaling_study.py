@@ -10,7 +10,7 @@ from small_studies import study, study_file
 
 import scaling
 from cmpt.recipe import RecipeError
-from scaling_study import Study, point_recipe, study_hosts, study_points
+from scaling_study import DECIDED, Study, point_recipe, study_hosts, study_points
 
 
 def names(of: Study) -> list[str]:
@@ -65,6 +65,8 @@ def test_a_point_trains_the_recipe_without_what_is_not_training(tmp_path: Path) 
         ({"measured_steps": 2}, ["measured_steps = 2", "at least 4"]),
         ({"timeout_minutes": 0}, ["timeout_minutes", "above 0"]),
         ({"sweep": {"engine.zero_stage": 1}}, ["sweep.engine.zero_stage", "a list of values"]),
+        ({"sweep": {"engine.batch_size": [8]}}, ["sweep.engine.batch_size", "[8]", "weak and strong"]),
+        ({"overrides": ["run.name=x"]}, ["overrides", "run.name=x", "decided by the study"]),
         ({"environment": {"A": None}}, ["environment.A"]),
         ({"name": "a b"}, ["name", "letters"]),
     ],
@@ -116,6 +118,22 @@ def test_nodes_beyond_the_hostfile_are_refused(
         names(study(tmp_path, processes=None, hostfile=str(path), sweep=None, **keys))
     for part in told:
         assert part in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scaling").write_text("a file where the study's folder is to be")
+    path = study_file(tmp_path)
+    assert scaling.main([str(path), "--report-only"]) == scaling.USER_ERROR
+    told = capsys.readouterr().err
+    assert told.startswith("error: folder = ") and str(tmp_path / "scaling") in told and "File exists" in told
+
+
+def test_what_the_study_decides_is_in_every_point(tmp_path: Path) -> None:
+    """So that no key of DECIDED is refused in vain, and none that is set can be swept."""
+    of = study(tmp_path)
+    loaded = point_recipe(of, study_points(of, {})[0])
+    set_by_study = {key for key in DECIDED if loaded.origins.get(key) == "command line"}
+    assert set_by_study == set(DECIDED)
 
 
 def test_a_host_that_does_not_answer_is_named_before_anything_starts(
