@@ -40,7 +40,7 @@ from step_model import (
     expected_largest,
     rounds,
     step_terms,
-)  # fmt: skip
+)
 
 Record = Mapping[str, Any]
 
@@ -129,8 +129,8 @@ class Fit:
         return step_terms(sample.work, self.machine(sample.zero_stage, sample.work.ranks_per_node))
 
 
-def samples_of(records: Iterable[Record], recipes: Mapping[str, Any], parameters: int) -> list[Sample]:
-    """The points that were measured, in their order; `recipes` by point name, `parameters` of the model."""
+def samples_of(records: Iterable[Record], recipes: Mapping[str, Any], parameters: Mapping[str, int]) -> list[Sample]:
+    """The points that were measured, in their order; `recipes` and `parameters` of their models by point name."""
     by_point: dict[str, list[Record]] = {}
     for record in records:
         if record["status"] == "done":
@@ -149,7 +149,7 @@ def samples_of(records: Iterable[Record], recipes: Mapping[str, Any], parameters
             samples=rows,
             tower_flops=record["flops_per_sample"] * rows - of_loss,
             loss_flops=of_loss,
-            stepped_elements=parameters / (world if stage else 1),
+            stepped_elements=parameters[name] / (world if stage else 1),
             sent_bytes=record["sent_bytes"],
             calls=record["calls"],
         )

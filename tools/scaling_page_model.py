@@ -65,9 +65,9 @@ def fitted(report: Report) -> str:
 
 def _in_training(found: Fit, kind: str, stage: int) -> str:
     known = found.collectives.get((kind, stage))
-    return (
-        "" if known is None else f"{known.cost:.2f}" if known.exposed == 1 else f"{100 * known.exposed:.0f} % exposed"
-    )
+    if known is None:
+        return ""
+    return f"{known.cost:.2f}" if known.exposed == 1 else f"{100 * known.exposed:.0f} % exposed"
 
 
 def _parameters(report: Report, found: Fit) -> list[tuple[str, str, str]]:

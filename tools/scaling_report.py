@@ -108,8 +108,8 @@ def build(study: Study, points: Sequence[Point], records: Sequence[Record], coll
     by_name = {point.name: point for point in points}
     records = [record for record in records if record["point"] in by_name]
     recipes = {name: _with_vocabulary(point_recipe(study, point).recipe) for name, point in by_name.items()}
-    sizes = model_sizes(next(iter(recipes.values())))
-    samples = samples_of(records, recipes, sum(map(sum, sizes)))
+    sizes = model_sizes(recipes)
+    samples = samples_of(records, recipes, {name: sum(map(sum, of_model)) for name, of_model in sizes.items()})
     if not samples:
         return Report(study, records, [], None, {}, {}, [], {})
     nccl = samples[0].record["gpu"]
@@ -122,7 +122,7 @@ def build(study: Study, points: Sequence[Point], records: Sequence[Record], coll
         samples,
         found,
         held_out(samples, benchmarked),
-        {s.name: _bytes(s, recipes[s.name], sizes, nccl) for s in samples if s.work.world_size > 1},
+        {s.name: _bytes(s, recipes[s.name], sizes[s.name], nccl) for s in samples if s.work.world_size > 1},
         _curves(study, samples, recipes, sizes, nccl, found),
         {name: link for name, link in links.items() if link is not None},
     )
@@ -132,11 +132,18 @@ def _with_vocabulary(recipe: Recipe) -> Recipe:
     return with_vocabulary(recipe, open_tokenizer(recipe.tokenizer, recipe.model.context_length))
 
 
-def model_sizes(recipe: Recipe) -> list[list[int]]:
-    """Of the parameters by optimizer group; no memory is taken for them."""
-    with torch.device("meta"):
-        clip = CLIP(recipe.model, recipe.image.size)
-    return parameter_sizes(clip, by_layer(recipe.optimizer))
+def model_sizes(recipes: Mapping[str, Recipe]) -> dict[str, list[list[int]]]:
+    """Of the parameters by optimizer group, by name of the recipe; no memory is taken for them."""
+    found: dict[str, list[list[int]]] = {}  # a study has few models, and making one takes a moment
+    by_name = {}
+    for name, recipe in recipes.items():
+        layered = by_layer(recipe.optimizer)
+        model = repr((recipe.model, recipe.image.size, layered))
+        if model not in found:
+            with torch.device("meta"):
+                found[model] = parameter_sizes(CLIP(recipe.model, recipe.image.size), layered)
+        by_name[name] = found[model]
+    return by_name
 
 
 def _bytes(sample: Sample, recipe: Recipe, sizes: Sequence[Sequence[int]], nccl: bool) -> Bytes:
@@ -148,7 +155,7 @@ def _curves(
     study: Study,
     samples: Sequence[Sample],
     recipes: Mapping[str, Recipe],
-    sizes: Sequence[Sequence[int]],
+    sizes: Mapping[str, Sequence[Sequence[int]]],
     nccl: bool,
     found: Fit,
 ) -> list[Curve]:
@@ -165,7 +172,7 @@ def _curves(
         if not calls:
             continue
         towers = [sample.work.tower_flops / sample.work.samples for sample in same]
-        shape = Shape(recipes[same[0].name], sizes, statistics.fmean(towers), calls, nccl)
+        shape = Shape(recipes[same[0].name], sizes[same[0].name], statistics.fmean(towers), calls, nccl)
         settings = same[0].record["settings"]
         for scaling, of_study in (("weak", study.weak), ("strong", study.strong)):
             curves += [curve_of(scaling, size, settings, per_node, shape, found) for size in of_study[:1]]

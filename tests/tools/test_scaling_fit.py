@@ -166,7 +166,7 @@ def test_of_the_repeats_of_a_point_the_middle_one_counts() -> None:
     terms = dict.fromkeys(MEASURED_TERMS, 0.5)
     repeats = [{**record, "step_s": s, "terms_s": {**terms, "compute": s}} for s in (9.0, 1.0, 0.5)]
     failed = {**record, "status": "failed", "point": "q"}
-    (found,) = samples_of([*repeats, failed], {"p": recipe(2)}, PARAMETERS)
+    (found,) = samples_of([*repeats, failed], {"p": recipe(2)}, {"p": PARAMETERS})
     assert found.terms_s["compute"] == 1.0 and found.step_s == sum(found.terms_s.values())
     assert found.zero_stage == 2 and found.work.stepped_elements == PARAMETERS / 2
     assert found.work.loss_flops == 2 * 6 * 32 * 64 * 64

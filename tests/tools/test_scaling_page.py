@@ -73,7 +73,7 @@ def report_of(folder: Path, **keys: Any) -> tuple[Report, list[Point]]:
     points = study_points(of, study_hosts(of))
     records = [record(of, point) for point in points]
     recipes = {p.name: point_recipe(of, p).recipe for p in points}
-    for made, sample in zip(records, samples_of(records, recipes, 7_000_000), strict=True):
+    for made, sample in zip(records, samples_of(records, recipes, dict.fromkeys(recipes, 7_000_000)), strict=True):
         terms = step_terms(sample.work, MACHINE)
         terms["compute"] += terms.pop("loss")
         step_s = sum(terms.values())
@@ -217,6 +217,15 @@ def test_every_setting_of_a_sweep_has_a_curve_of_its_own(tmp_path: Path) -> None
     assert flops[0] == flops[1] == pytest.approx(1.5 * flops[2], rel=0.01)
     page = page_of(report, tmp_path)
     assert all(label in page for label in labels)
+
+
+def test_models_of_a_sweep_have_sizes_of_their_own(tmp_path: Path) -> None:
+    report, points = report_of(tmp_path, sweep={"engine.zero_stage": [1], "model.vision.layers": [1, 2]})
+    layers = {point.name: dict(point.settings)["model.vision.layers"] for point in points}
+    sent = {layers[name]: of.expected["gradients"] for name, of in report.bytes.items()}
+    assert sent[1] < sent[2]
+    parameters = [sum(map(sum, curve.shape.sizes)) for curve in report.curves]
+    assert len(set(parameters)) == 2 and parameters == sorted(parameters)
 
 
 def test_the_mfu_is_told_where_the_peak_of_the_device_is_known(report: Report, tmp_path: Path) -> None:
