@@ -192,7 +192,10 @@ def train(recipe: Recipe, rank: int, world_size: int, device: torch.device) -> i
             watch.at("data", state.step, patient=True)
             stalled = partial(report_stall, monitor, state, rank)
             with closing(loader.batches(position, phase.image, phase.text_masking, stalled)) as batches:
-                came = partial(watch.at, "mask")
+
+                def came(_: int) -> None:  # a batch that is looked ahead at is masked within the step before it
+                    watch.at("mask", state.step)
+
                 feed = Feed(meters.waiting(batches), mask, planned, state.step, device, came)
                 for batch, position, masked in feed:
                     traffic.take()  # what evaluations moved is no step's

@@ -19,6 +19,7 @@ days with faults and finds the best checkpoint interval.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report anew")
     parser.add_argument("--simulate", action="store_true", help="as the first option: see --simulate --help")
     options = parser.parse_args(given)
+    for ended_by in (signal.SIGTERM, signal.SIGHUP):  # else the processes of a point would go on without us
+        signal.signal(ended_by, signal.default_int_handler)
     try:
         return run(options)
     except (RecipeError, StudyError) as error:

@@ -17,8 +17,9 @@ from typing import Any
 from cmpt.monitor.timings import FOLDER
 from step_model import COMMUNICATION
 
-COMPUTE_PLACES = ("mask", "data ahead", "gradient", "records")
-PLACES = (*COMPUTE_PLACES, "data", "optimizer")
+COMPUTE_PLACES = ("mask", "gradient", "records")
+DATA_PLACES = ("data", "data ahead")
+PLACES = (*COMPUTE_PLACES, *DATA_PLACES, "optimizer")
 MEASURED_TERMS = ("compute", "optimizer", *COMMUNICATION, "stragglers", "data")
 
 Line = Mapping[str, Any]
@@ -50,7 +51,7 @@ def step_terms_of(lines: Sequence[Line]) -> dict[str, float]:
     terms = {
         "compute": statistics.fmean(rank_compute(line) for line in lines),
         "optimizer": statistics.fmean(line["places"].get("optimizer", 0.0) for line in lines),
-        "data": statistics.fmean(line["places"].get("data", 0.0) for line in lines),
+        "data": statistics.fmean(sum(line["places"].get(place, 0.0) for place in DATA_PLACES) for line in lines),
         "stragglers": sum(statistics.fmean(seconds) - min(seconds) for seconds in waits.values()),
     }
     terms |= {kind: min(seconds) for kind, seconds in waits.items()}
