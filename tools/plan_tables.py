@@ -65,7 +65,7 @@ class MemoryTable:
 
 
 def stages(job: Job) -> Sequence[int]:
-    return STAGES if job.world_size > 1 else STAGES[:1]
+    return STAGES if job.world_size > 1 else (job.stage(),)  # alone it is 0, unless something is offloaded
 
 
 def tables(job: Job, memory: MemoryTable) -> list[Table]:
