@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from conftest import REPOSITORY, RunCli
 
 from cmpt.dist import step_clock, traffic
 from cmpt.monitor.timings import Timings, wire_bytes
@@ -45,6 +47,29 @@ def test_a_line_for_every_step_that_is_over_the_last_one_included(tmp_path: Path
         assert line["calls"] == {"gradient": {"features": 1}} and line["sent_bytes"] == {"features": 64}
         assert (line["rank"], line["flops"], line["image_tokens"], line["text_tokens"]) == (2, 1000, 30, 7)
         assert line["peak_memory_bytes"] > 2**20  # type: ignore[operator]
+
+
+AHEAD = """
+import functools, sys
+import cmpt.train as program
+program.Feed = functools.partial(program.Feed, ahead=True)
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_step_is_one_line_where_batches_are_masked_ahead(tmp_path: Path, run_cli: RunCli) -> None:
+    """As on a GPU, where the masks of the next batch are begun within a step."""
+    settings = ["engine.batch_size=16", "masking.strategy=random", "model.vision.layers=1", "model.text.layers=1",
+                "data.heldout=[]", "guard.dry_run=false", "run.stop_after=5 steps", "run.timings=true",
+                f"run.folder={tmp_path}", "run.name=run"]  # fmt: skip
+    done = run_cli(["python", "-c", AHEAD, str(REPOSITORY / "recipes/quickstart.yaml"), *settings])
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/timings/rank_00000.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines:
+        assert {"data", "data ahead", "mask", "gradient", "optimizer"} <= set(line["places"])
+        assert line["places"]["gradient"] > 0 and line["flops"] > 0
 
 
 def test_nothing_is_measured_or_written_unless_it_is_wanted(tmp_path: Path) -> None:
