@@ -11,7 +11,7 @@ from scaling_extrapolate import LOSSES, Curve, largest_loss, moves, shares_of, t
 from scaling_fit import Fit, Sample
 from scaling_plots import Told, against, areas, changes, over_nodes
 from scaling_plots import errors as errors_plot
-from scaling_report import BENCHMARKED, TRAINED, Report, bandwidth_text, curve_label, curve_title, digits, processes
+from scaling_report import Report, bandwidth_text, curve_label, curve_title, digits, processes
 from scaling_study import describe
 from step_model import COMMUNICATION, TERMS, Link
 
@@ -93,12 +93,10 @@ def _parameters(report: Report, found: Fit) -> list[tuple[str, str, str]]:
         )
     per_element = f"{1e9 * found.optimizer_s_per_element:.3g} ns"
     rows.append(("Optimizer, per element", per_element, "for every parameter that a rank steps"))
-    for place, key, link in (("inside a host", "inside", found.inside), ("between nodes", "between", found.between)):
-        trained = report.training_links.get(key)
-        if link.bytes_per_s != float("inf"):
-            rows += _link_rows(f"Link {place}", link, TRAINED if link == trained else BENCHMARKED)
-        if trained is not None and link != trained:
-            rows += _link_rows(f"Link {place}, in training", trained, TRAINED)
+    for key, link, source in report.links:
+        place = {"inside": "inside a host", "between": "between nodes"}[key]
+        in_training = "" if link == getattr(found, key) else ", in training"
+        rows += _link_rows(f"Link {place}{in_training}", link, source)
     spread = f"{100 * found.straggler_deviation:.1f} %"
     rows.append(("Stragglers", spread, "standard deviation of a rank's compute within a step, of the mean"))
     loader = found.loader_samples_per_s

@@ -92,6 +92,19 @@ class Report:
             (of.work.tower_flops + of.work.loss_flops) / of.terms_s["compute"] / peak for of in self.samples
         )
 
+    @property
+    def links(self) -> list[tuple[str, Link, str]]:
+        """("inside" or "between", link, where its figures come from): what the fit has, and after it what training's
+        own all-reduces show where that is another."""
+        found = []
+        for key in ("inside", "between"):
+            used, trained = getattr(self.fit, key), self.training_links.get(key)
+            if used.bytes_per_s != float("inf"):
+                found.append((key, used, TRAINED if used == trained else BENCHMARKED))
+            if trained is not None and trained != used:
+                found.append((key, trained, TRAINED))
+        return found
+
     def efficiency(self, sample: Sample) -> float | None:
         """Images per second and process, against the fewest processes of the same scaling, settings and size."""
         same = [other for other in self.samples if _series(other) == _series(sample)]
@@ -227,12 +240,9 @@ def _fit_lines(report: Report) -> list[str]:
                      f"{1000 * found.fixed_s:.1f} ms whatever the batch")  # fmt: skip
     if report.mfu is not None:
         lines.append(f"- MFU while computing: {report.mfu:.3f} in the median over points (for plan.py --mfu)")
-    for key, name in (("inside", "inside a node"), ("between", "between nodes")):
-        used, trained = getattr(found, key), report.training_links.get(key)
-        if used.bytes_per_s != float("inf"):
-            lines.append(f"- link {name}: {link_text(used)} ({TRAINED if used == trained else BENCHMARKED})")
-        if trained is not None and trained != used:
-            lines.append(f"- link {name}: {link_text(trained)} ({TRAINED})")
+    for key, link, source in report.links:
+        place = {"inside": "inside a node", "between": "between nodes"}[key]
+        lines.append(f"- link {place}: {link_text(link)} ({source})")
     lines.append(f"- spread of compute over ranks: {100 * found.straggler_deviation:.1f} %")
     if report.errors:
         worst, middle = max(report.errors), statistics.median(report.errors)

@@ -29,7 +29,6 @@ from scaling_study import Point, Study, point_recipe, run_name
 REPOSITORY = Path(__file__).resolve().parents[1]
 POINTS = "points.jsonl"
 _INTERRUPT_GRACE_S = 45.0
-_CAUSE_LINES = 12
 _NOT_A_CAUSE = ("[INFO]", "[WARNING]", "Traceback", "  File", "    ", "warnings.warn")
 
 

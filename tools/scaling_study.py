@@ -28,17 +28,6 @@ _AT_LEAST: dict[str, float] = {
     "repeats": 1,
 }
 _ABOVE_ZERO = ("timeout_minutes", "collectives_seconds")
-_OFF = {
-    "run.copy_checkpoints_to": "null",
-    "guard.weights_every": "null",
-    "data.heldout": "[]",
-    "evaluation.suite": "null",
-    "evaluation.every": "null",
-}
-"""What a point does without: it would be part of what is measured."""
-DECIDED = ("engine.batch_size", "run.folder", "run.name", "run.overwrite", "run.timings", "run.stop_after",
-           "run.checkpoint_every", *_OFF)  # fmt: skip
-"""Recipe keys that the study sets in every point."""
 
 
 @dataclass
@@ -66,7 +55,7 @@ class Study:
     sweep: dict[str, Any] = field(default_factory=dict)
     """Recipe key -> list of values; a point for every combination, e.g. {engine.zero_stage: [1, 2, 3]}."""
     overrides: list[str] = field(default_factory=list)
-    """key=value for every point; of other keys than DECIDED, as in a sweep."""
+    """key=value for every point; of other keys than the study decides (DECIDED), as in a sweep."""
     warmup_steps: int = 5
     """Steps of a point that are not measured: compilation, the first batches, full caches."""
     measured_steps: int = 20
@@ -239,25 +228,43 @@ def point_recipe(study: Study, point: Point, repeat: int = 0) -> LoadedRecipe:
 
     One step follows them, for the last step of a run compares weights. Raises RecipeError.
     """
-    steps = study.warmup_steps + study.measured_steps + 1
     overrides = [
-        f"run.log_every={steps} steps",
+        f"run.log_every={_steps(study)} steps",
         *study.overrides,
         *(f"{key}={show(value, None)}" for key, value in point.settings),
-        f"engine.batch_size={point.batch_size}",
-        f"run.folder={study.path.absolute() / 'runs'}",
-        f"run.name={run_name(point, repeat)}",
-        "run.overwrite=true",
-        "run.timings=true",
-        f"run.stop_after={steps} steps",
-        f"run.checkpoint_every={MOST_STEPS} steps",
-        *(f"{key}={value}" for key, value in _OFF.items()),
+        *(f"{key}={value}" for key, value in _decided(study, point, repeat).items()),
     ]
     return load_recipe(study.recipe, overrides)
 
 
+def _steps(study: Study) -> int:
+    return study.warmup_steps + study.measured_steps + 1
+
+
+def _decided(study: Study, point: Point, repeat: int) -> dict[str, str]:
+    """Recipe keys and their values, as text, that a study sets in every point."""
+    return {
+        "engine.batch_size": str(point.batch_size),
+        "run.folder": str(study.path.absolute() / "runs"),
+        "run.name": run_name(point, repeat),
+        "run.overwrite": "true",
+        "run.timings": "true",
+        "run.stop_after": f"{_steps(study)} steps",
+        "run.checkpoint_every": f"{MOST_STEPS} steps",
+        "run.copy_checkpoints_to": "null",
+        "guard.weights_every": "null",
+        "data.heldout": "[]",
+        "evaluation.suite": "null",
+        "evaluation.every": "null",
+    }
+
+
 def run_name(point: Point, repeat: int) -> str:
     return f"{point.name}-r{repeat}"
+
+
+DECIDED = tuple(_decided(Study(), Point("weak", (("", 1),), 1), 0))
+"""Recipe keys that no sweep and no override of a study may set."""
 
 
 def describe(settings: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> str:
