@@ -5,17 +5,18 @@ kinds add up to the step. On a host a stamp is the time; on CUDA it is an event 
 so that places last as long as the device takes for them and nothing waits for the device: a step's sums are handed out
 when the device has passed its end, some steps later.
 
-Of an asynchronous collective only the wait for it counts. Of those on a stream of their own (DeepSpeed's reduction
-beside the backward pass) the last one of a place counts, from where the main stream stood when it was begun: whatever
-lies before is hidden by compute.
+Of an asynchronous collective only the wait for it counts. One on a stream of its own (DeepSpeed's reduction beside the
+backward pass, its gathers ahead of the forward pass) counts from where the main stream has no more work to where it may
+go on: what it, or the host, waits in `wait_stream` and `synchronize`. Not seen: the host waiting for a single event,
+with which DeepSpeed at stage 3 bounds its gathers under way; where the device runs dry meanwhile, that is compute.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,9 +26,12 @@ import torch
 class Stamps(Protocol):
     """A source of points in time."""
 
-    def now(self) -> Any: ...
-    def on_main(self) -> Any:
-        """A stamp on the main stream, if what works now is another one; else None."""
+    def now(self) -> Any:
+        """On the main stream, where there are streams."""
+        ...
+
+    def beside(self) -> Hashable | None:
+        """Which stream works now, if it is not the main one."""
         ...
 
     def passed(self, stamp: Any) -> bool: ...
@@ -38,7 +42,7 @@ class HostStamps:
     def now(self) -> float:
         return time.perf_counter()
 
-    def on_main(self) -> None:
+    def beside(self) -> None:
         return None
 
     def passed(self, stamp: float) -> bool:
@@ -51,20 +55,17 @@ class HostStamps:
 class DeviceStamps:
     """CUDA events."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._main = torch.cuda.current_stream(device)
+    def __init__(self, main: torch.cuda.Stream) -> None:
+        self._main = main
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def on_main(self) -> torch.cuda.Event | None:
-        if torch.cuda.current_stream(self._main.device) == self._main:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
         event.record(self._main)
         return event
+
+    def beside(self) -> int | None:
+        stream = torch.cuda.current_stream(self._main.device)
+        return None if stream == self._main else stream.cuda_stream
 
     def passed(self, stamp: torch.cuda.Event) -> bool:
         return stamp.query()
@@ -78,8 +79,6 @@ class _Place:
     name: str
     begin: Any
     waits: list[tuple[str, Any, Any]] = field(default_factory=list)
-    beside: tuple[str, Any, Any] | None = None
-    """The last collective on another stream: kind, the main stream's stamp at its begin, its end."""
     end: Any = None
 
 
@@ -103,6 +102,7 @@ class StepClock:
         self._step = -1
         self._calls: dict[str, Counter[str]] = {}
         self._places: list[_Place] = []
+        self._beside: dict[Hashable, str] = {}  # streams whose collectives were not waited for yet -> kind of the last
         self._past: deque[tuple[int, list[_Place], dict[str, Counter[str]]]] = deque()
 
     def at(self, place: str, step: int) -> None:
@@ -125,27 +125,38 @@ class StepClock:
     @contextmanager
     def waiting(self, kind: str) -> Iterator[None]:
         """What happens within is a collective, or the wait for one that was started before."""
+        stream = self._stamps.beside()
+        if stream is not None:
+            self._beside[stream] = kind
+            yield
+            return
+        with self._held_up(kind):
+            yield
+
+    @contextmanager
+    def joining(self, stream: Hashable | None = None) -> Iterator[None]:
+        """Within, the main stream or the host waits for another stream; None: for all of them."""
+        streams = list(self._beside) if stream is None else [stream]
+        kinds = [self._beside.pop(each) for each in streams if each in self._beside]
+        with self._held_up(kinds[-1]) if kinds else nullcontext():
+            yield
+
+    @contextmanager
+    def _held_up(self, kind: str) -> Iterator[None]:
         place = self._places[-1] if self._places else None
-        on_main, begin = self._stamps.on_main(), self._stamps.now()
+        begin = self._stamps.now()
         try:
             yield
         finally:
-            if place is not None and on_main is None:
+            if place is not None:
                 place.waits.append((kind, begin, self._stamps.now()))
-            elif place is not None:
-                place.beside = (kind, on_main, self._stamps.now())
 
     def take(self) -> list[Spent]:
         """The steps that are over, on the device too, and were not taken before."""
         taken = []
-        while self._past and self._over(self._past[0][1]):
+        while self._past and self._stamps.passed(self._past[0][1][-1].end):
             taken.append(self._sum(*self._past.popleft()))
         return taken
-
-    def _over(self, places: list[_Place]) -> bool:
-        """On the device, on other streams too."""
-        ends = [places[-1].end, *(place.beside[2] for place in places if place.beside is not None)]
-        return all(self._stamps.passed(end) for end in ends)
 
     def _sum(self, step: int, places: list[_Place], calls: dict[str, Counter[str]]) -> Spent:
         own: dict[str, float] = defaultdict(float)
@@ -157,23 +168,52 @@ class StepClock:
             for kind, begin, end in place.waits:
                 held[kind] += seconds(begin, end)
                 left -= seconds(begin, end)
-            if place.beside is not None:
-                kind, begin, end = place.beside
-                exposed = min(max(0.0, seconds(begin, end)), max(0.0, left))
-                held[kind] += exposed
-                left -= exposed
             own[place.name] += left
         return Spent(step, dict(own), {n: dict(w) for n, w in waits.items()}, {n: dict(c) for n, c in calls.items()})
 
 
+def see_waits(clock: StepClock, main: torch.cuda.Stream) -> Callable[[], None]:
+    """Tell the clock from now on when `main`, or the host, waits for another CUDA stream. Returns what ends that."""
+    stream_class: Any = torch.cuda.Stream
+    wait_stream, synchronize, all_streams = stream_class.wait_stream, stream_class.synchronize, torch.cuda.synchronize
+
+    def seen_wait(self: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
+        with clock.joining(stream.cuda_stream) if self == main else nullcontext():
+            wait_stream(self, stream)
+
+    def seen_synchronize(self: torch.cuda.Stream) -> None:
+        with clock.joining(self.cuda_stream):
+            synchronize(self)
+
+    def seen_all(device: Any = None) -> None:
+        with clock.joining():
+            all_streams(device)
+
+    def put(waits: Any, of_stream: Any, of_device: Any) -> None:
+        stream_class.wait_stream, stream_class.synchronize, torch.cuda.synchronize = waits, of_stream, of_device
+
+    put(seen_wait, seen_synchronize, seen_all)
+    return lambda: put(wait_stream, synchronize, all_streams)
+
+
 _clock: StepClock | None = None
+_unsee: Callable[[], None] | None = None
 
 
 def start(device: torch.device | None) -> None:
     """Measure from now on; None: no more."""
-    global _clock
-    stamps = None if device is None else DeviceStamps(device) if device.type == "cuda" else HostStamps()
-    _clock = None if stamps is None else StepClock(stamps)
+    global _clock, _unsee
+    if _unsee is not None:
+        _unsee()
+    _clock = _unsee = None
+    if device is None:
+        return
+    if device.type != "cuda":
+        _clock = StepClock(HostStamps())
+        return
+    main = torch.cuda.current_stream(device)
+    _clock = StepClock(DeviceStamps(main))
+    _unsee = see_waits(_clock, main)
 
 
 def clock() -> StepClock | None:

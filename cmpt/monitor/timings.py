@@ -3,13 +3,14 @@
 A line: `step` (done with it), `host`, `rank`; `places`: seconds by place of the step, without those in collectives;
 `waits` and `calls`: seconds in collectives and their number, by place and kind; `sent_bytes` of this rank by kind
 (dist/traffic.py); of the global batch `flops`, `image_tokens` and `text_tokens`; of this process `peak_memory_bytes`;
-of its host `wire_bytes`: what all its network interfaces but the loopback have sent since it started.
+of its host `wire_bytes`: what its network interfaces have sent since it started.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,8 @@ from cmpt.monitor.records import RecordWriter
 FOLDER = "timings"
 _NETWORK = Path("/proc/net/dev")
 _SENT_COLUMN = 8  # of the numbers behind the colon: bytes transmitted
-_INFINIBAND = "/sys/class/infiniband"
+_INTERFACES = Path("/sys/class/net")
+_INFINIBAND = Path("/sys/class/infiniband")
 _INFINIBAND_WORD_BYTES = 4
 
 
@@ -76,14 +78,21 @@ class Timings:
 
 
 def wire_bytes() -> int:
-    """Sent by this host's network interfaces but the loopback, InfiniBand ports included; 0 where they cannot be read.
+    """Sent by this host's network interfaces, InfiniBand ports included; 0 where they cannot be read.
 
-    What the kernel counts, headers and repetitions included: independent of every count of our own.
+    What the kernel counts, headers and repetitions included: independent of every count of our own. Left out are the
+    loopback, interfaces that send through others (bridges, bonds, VLANs), and InfiniBand ports without a counter.
     """
     try:
         lines = [line.partition(":") for line in _NETWORK.read_text().splitlines()[2:]]
-        sent = sum(int(rest.split()[_SENT_COLUMN]) for name, _, rest in lines if name.strip() != "lo")
-        ports = Path(_INFINIBAND).glob("*/ports/*/counters/port_xmit_data")
-        return sent + _INFINIBAND_WORD_BYTES * sum(int(port.read_text()) for port in ports)
+        sent = sum(int(rest.split()[_SENT_COLUMN]) for name, _, rest in lines if _sends_itself(name.strip()))
     except (OSError, ValueError, IndexError):
         return 0
+    for port in _INFINIBAND.glob("*/ports/*/counters/port_xmit_data"):
+        with suppress(OSError, ValueError):
+            sent += _INFINIBAND_WORD_BYTES * int(port.read_text())
+    return sent
+
+
+def _sends_itself(interface: str) -> bool:
+    return interface != "lo" and not any((_INTERFACES / interface).glob("lower_*"))

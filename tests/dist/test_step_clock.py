@@ -13,13 +13,13 @@ class Hands:
     """Stamps of a clock that stands still until it is moved; `stream` names the stream that works."""
 
     def __init__(self) -> None:
-        self.time, self.main, self.device_at, self.stream = 0.0, 0.0, float("inf"), "main"
+        self.time, self.device_at, self.stream = 0.0, float("inf"), "main"
 
     def now(self) -> float:
         return self.time
 
-    def on_main(self) -> float | None:
-        return None if self.stream == "main" else self.main
+    def beside(self) -> str | None:
+        return None if self.stream == "main" else self.stream
 
     def passed(self, stamp: float) -> bool:
         return stamp <= self.device_at
@@ -84,49 +84,97 @@ def test_nothing_is_read_before_the_device_has_passed_the_step_s_end(hands: Hand
     assert [spent.step for spent in clock.take()] == [1]
 
 
-def test_a_step_waits_for_its_collectives_on_other_streams_and_is_not_lost(hands: Hands) -> None:
-    clock = StepClock(hands)
-    clock.at("gradient", 0)
-    hands.stream, hands.main = "reduction", 1.0
-    with clock.waiting("gradients"):
-        hands.time = 5.0
-    hands.stream, hands.time = "main", 2.0  # the main stream has passed the step while the other still works
-    clock.at("data", 1)
-    hands.device_at = 3.0
-    assert clock.take() == []
-    hands.device_at = 5.0
-    assert [spent.step for spent in clock.take()] == [0]
+def begin_beside(clock: StepClock, hands: Hands, stream: str, kind: str) -> None:
+    """A collective on another stream; `hands.time`, the main stream's, does not move."""
+    hands.stream = stream
+    clock.count(kind)
+    with clock.waiting(kind):
+        pass
+    hands.stream = "main"
 
 
-def test_of_collectives_beside_the_main_stream_only_what_is_left_after_its_work_counts(hands: Hands) -> None:
-    """Two reductions beside the backward pass; the second began where the main stream had no more work, at 3.0."""
+def test_of_collectives_beside_the_main_stream_every_wait_for_them_counts_and_nothing_else(hands: Hands) -> None:
+    """As ZeRO 3 waits at every module and ZeRO 2 for the bucket before; the third is there when it is wanted."""
     clock = StepClock(hands)
     clock.at("gradient", 0)
-    hands.stream = "reduction"
-    for main, end in ((1.0, 2.5), (3.0, 3.75)):
-        hands.main = main
-        clock.count("gradients")
-        with clock.waiting("gradients"):
-            hands.time = end
-    hands.stream, hands.time = "main", 4.0
+    for computed, waited in ((1.0, 0.5), (1.0, 0.25), (2.0, 0.0)):
+        begin_beside(clock, hands, "gathers", "parameters")
+        hands.time += computed
+        with clock.joining("gathers"):
+            hands.time += waited
     clock.at("optimizer", 0)
     clock.at("data", 1)
     (spent,) = clock.take()
-    assert spent.waits["gradient"] == {"gradients": 0.75}
-    assert spent.places["gradient"] == 4.0 - 0.75
+    assert spent.waits["gradient"] == {"parameters": 0.75}
+    assert spent.places["gradient"] == 4.0
+    assert spent.calls == {"gradient": {"parameters": 3}}
 
 
-def test_a_hidden_collective_takes_nothing_from_its_place(hands: Hands) -> None:
-    """It ended before the main stream came to where it stood when the collective began."""
+def test_a_wait_for_a_stream_without_collectives_is_compute(hands: Hands) -> None:
     clock = StepClock(hands)
     clock.at("gradient", 0)
-    hands.stream, hands.main = "reduction", 2.0
-    with clock.waiting("gradients"):
-        hands.time = 1.0
-    hands.stream, hands.time = "main", 3.0
+    begin_beside(clock, hands, "reduction", "gradients")
+    for stream, waited in (("copies", 0.5), ("reduction", 0.25), ("reduction", 0.125)):
+        with clock.joining(stream):
+            hands.time += waited
     clock.at("data", 1)
     (spent,) = clock.take()
-    assert spent.waits["gradient"] == {"gradients": 0.0} and spent.places["gradient"] == 3.0
+    assert spent.waits["gradient"] == {"gradients": 0.25}, "the second time there was nothing to wait for"
+    assert spent.places["gradient"] == 0.625
+
+
+def test_a_wait_for_the_whole_device_is_a_wait_for_every_stream(hands: Hands) -> None:
+    clock = StepClock(hands)
+    clock.at("gradient", 0)
+    begin_beside(clock, hands, "gathers", "parameters")
+    begin_beside(clock, hands, "reduction", "gradients")
+    with clock.joining():
+        hands.time += 0.5
+    with clock.joining("gathers"):
+        hands.time += 1.0
+    clock.at("data", 1)
+    (spent,) = clock.take()
+    assert spent.waits["gradient"] == {"gradients": 0.5} and spent.places["gradient"] == 1.0
+
+
+class Stream:
+    """What torch.cuda.Stream's own `wait_stream` and `synchronize` call, on a clock that is moved by hand."""
+
+    def __init__(self, number: int, hands: Hands) -> None:
+        self.cuda_stream, self._hands = number, hands
+
+    def record_event(self) -> float:
+        return 0.5
+
+    def wait_event(self, event: float) -> None:
+        self._hands.time += event
+
+
+def test_waits_in_torch_s_own_calls_are_seen_until_it_ends(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_for_all(device: object = None) -> None:
+        hands.time += 2.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait_for_all)
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", lambda self: wait_for_all())
+    before = torch.cuda.Stream.wait_stream, torch.cuda.Stream.synchronize, torch.cuda.synchronize
+    clock, main, side = StepClock(hands), Stream(0, hands), Stream(7, hands)
+    monkeypatch.setattr(hands, "beside", lambda: 7 if hands.stream == "side" else None)
+    clock.at("gradient", 0)
+    end = step_clock.see_waits(clock, main)  # type: ignore[arg-type]
+    for wait in (
+        lambda: torch.cuda.Stream.wait_stream(main, side),  # type: ignore[arg-type]
+        lambda: torch.cuda.Stream.synchronize(side),  # type: ignore[arg-type]
+        lambda: torch.cuda.synchronize(),
+    ):
+        begin_beside(clock, hands, "side", "gradients")
+        wait()
+    begin_beside(clock, hands, "side", "gradients")
+    torch.cuda.Stream.wait_stream(side, main)  # type: ignore[arg-type]  # the main stream goes on
+    end()
+    assert before == (torch.cuda.Stream.wait_stream, torch.cuda.Stream.synchronize, torch.cuda.synchronize)
+    clock.at("data", 1)
+    (spent,) = clock.take()
+    assert spent.waits["gradient"] == {"gradients": 4.5} and spent.places["gradient"] == 0.5
 
 
 def test_a_collective_counts_its_bytes_with_and_without_a_clock() -> None:
@@ -171,3 +219,33 @@ def test_on_a_gpu_a_place_lasts_as_long_as_the_device_works_for_it() -> None:
         step_clock.start(None)
     least_s = 20 * 2 * 4096**3 / 2e15  # no device is faster
     assert spent.places["gradient"] > least_s > spent.places["optimizer"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_only_what_the_main_stream_waits_for_another_one_counts() -> None:
+    device = torch.device("cuda", 0)
+    x, side = torch.randn(4096, 4096, device=device), torch.cuda.Stream(device)
+    step_clock.start(device)
+    try:
+        running = step_clock.clock()
+        assert running is not None
+        for _ in range(2):
+            x @ x
+        torch.cuda.synchronize()
+        for place, on_main, on_side in (("gradient", 1, 40), ("optimizer", 40, 1)):
+            running.at(place, 0)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), running.waiting("gradients"):
+                for _ in range(on_side):
+                    x @ x
+            for _ in range(on_main):
+                x @ x
+            torch.cuda.current_stream().wait_stream(side)
+        running.at("data", 1)
+        torch.cuda.synchronize()
+        (spent,) = running.take()
+    finally:
+        step_clock.start(None)
+    exposed = {place: waits.get("gradients", 0.0) for place, waits in spent.waits.items()}
+    assert exposed["gradient"] > spent.places["gradient"], "the main stream had little to do and waited"
+    assert exposed["optimizer"] < spent.places["optimizer"] / 4, "it had more to do than the other one"

@@ -79,7 +79,22 @@ def test_nothing_is_measured_or_written_unless_it_is_wanted(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_bytes_on_the_wire_are_those_of_all_interfaces_but_the_loopback() -> None:
+def test_bytes_on_the_wire_come_from_the_kernel() -> None:
     rows = [re.split(r"[:\s]+", line.strip()) for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
-    before = sum(int(row[9]) for row in rows if row[0] != "lo")
+    alone = [row for row in rows if row[0] != "lo" and not list(Path("/sys/class/net", row[0]).glob("lower_*"))]
+    before = sum(int(row[9]) for row in alone)
     assert before <= wire_bytes() < before + 10 * 2**20
+
+
+def test_bytes_that_pass_two_interfaces_of_a_host_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"lo": 1000, "eth0": 200, "bond0": 200, "eth1": 30}
+    rows = [f"  {name}: " + " ".join(["9"] * 8 + [str(sent)] + ["9"] * 7) for name, sent in counts.items()]
+    (tmp_path / "dev").write_text("\n".join(["Inter-|", " face |", *rows]) + "\n")
+    (tmp_path / "net/bond0/lower_eth0").mkdir(parents=True)
+    for port, count in (("1", "5\n"), ("2", "N/A\n")):
+        counters = tmp_path / f"infiniband/mlx5_0/ports/{port}/counters"
+        counters.mkdir(parents=True)
+        (counters / "port_xmit_data").write_text(count)
+    for name, path in (("_NETWORK", "dev"), ("_INTERFACES", "net"), ("_INFINIBAND", "infiniband")):
+        monkeypatch.setattr(f"cmpt.monitor.timings.{name}", tmp_path / path)
+    assert wire_bytes() == 230 + 4 * 5
