@@ -2,15 +2,17 @@
 
     deepspeed [--hostfile HOSTFILE] tools/bench_collectives.py [--seconds 20] [--out FILE.json]
 
-also with `torchrun`. Through the process group that training uses (NCCL on GPUs, gloo on hosts). A repeat takes as long
-as its slowest rank; the time of a size is the median over repeats, the first ones left out. Bandwidth is bytes in the
-ring count of one rank (cmpt/dist/traffic.py) per second, which NCCL's tests call bus bandwidth.
+also with `torchrun`. Through the process group that training uses (NCCL on GPUs, gloo on hosts). A repeat is several
+operations one after the other, so that ranks which leave the barrier at different times weigh little, as NCCL's tests
+do it; it takes as long as its slowest rank. The time of a size is the median over repeats, the first ones left out.
+Bandwidth is bytes in the ring count of one rank (cmpt/dist/traffic.py) per second, their "bus bandwidth".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import socket
 import statistics
 import sys
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from cmpt.dist import process_group
-from cmpt.dist.process_group import all_gather_into, broadcast_object, gather_objects, reduce_scatter_into
+from cmpt.dist.process_group import all_gather_into, gather_objects, reduce_scatter_into
 from cmpt.dist.traffic import ring_bytes
 from least_squares import solve
 
@@ -33,8 +35,15 @@ SIZES = tuple(2**power for power in range(12, 27, 2))
 """Bytes of the whole: 4 KiB to 64 MiB."""
 PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
 _WARM_UP, _FEWEST, _MOST = 2, 5, 200
+_AT_LEAST_BYTES = 2**20
+"""Sizes up to this are measured however slow the link is: less says nothing of a bandwidth."""
+_REPEAT_S, _MOST_IN_A_REPEAT = 0.02, 20
 _GROWS = 4  # from one size to the next
 USER_ERROR = 2
+
+
+class CollectivesError(ValueError):
+    """A file of this benchmark cannot be used."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +79,8 @@ def benchmark(sizes: Sequence[int], seconds: float, world: int, device: torch.de
         try:
             points: list[dict[str, float]] = []
             for size in sizes:  # larger ones only while there is time: all ranks know the same seconds
-                if len(points) < 2 or points[-1]["seconds"] * _GROWS * (_WARM_UP + _FEWEST) < share_s * len(sizes) / 2:
+                needed_s = points[-1]["seconds"] * _GROWS * (_WARM_UP + _FEWEST) if points else 0.0
+                if size <= _AT_LEAST_BYTES or needed_s < share_s * len(sizes) / 2:
                     points.append(timed(name, size, share_s, world, device))
         except (RuntimeError, NotImplementedError, ValueError) as error:  # a backend need not have all of them
             left_out[name] = str(error).splitlines()[0]
@@ -99,19 +109,20 @@ def timed(name: str, size: int, share_s: float, world: int, device: torch.device
         "reduce_scatter": lambda: reduce_scatter_into(part, whole),
         "broadcast": lambda: dist.broadcast(whole, 0),
     }[name]
-    repeats, seconds = _WARM_UP + _FEWEST, []
-    done = 0
-    while done < repeats:
+
+    def once(operations: int) -> float:
         process_group.barrier()
         _wait(device)
         began = time.perf_counter()
-        run()
+        for _ in range(operations):
+            run()
         _wait(device)
-        seconds.append(_slowest(time.perf_counter() - began))
-        done += 1
-        if done == _WARM_UP:  # rank 0 decides, or ranks would part
-            repeats = _WARM_UP + broadcast_object(min(_MOST, max(_FEWEST, int(share_s / seconds[-1]))))
-    low, middle, high = statistics.quantiles(seconds[_WARM_UP:], n=4)
+        return _slowest(time.perf_counter() - began) / operations
+
+    one_s = [once(1) for _ in range(_WARM_UP)][-1]
+    operations = min(_MOST_IN_A_REPEAT, math.ceil(_REPEAT_S / one_s))
+    repeats = min(_MOST, max(_FEWEST, int(share_s / (operations * one_s))))
+    low, middle, high = statistics.quantiles([once(operations) for _ in range(repeats)], n=4)
     return {"bytes": whole.nbytes, "seconds": middle, "seconds_low": low, "seconds_high": high}
 
 
@@ -140,8 +151,16 @@ def fit_link(points: Sequence[Mapping[str, float]]) -> tuple[float, float, float
 
 
 def read_collectives(path: Path) -> dict[str, Any]:
-    """What --out has written."""
-    found: dict[str, Any] = json.loads(path.read_text())
+    """What --out has written. Raises CollectivesError where the file is another, or has no all-reduce of two sizes."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if len(found["ops"]["all_reduce"]["points"]) < 2:
+            raise ValueError("too few sizes")
+        len(found["hosts"]), int(found["world_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CollectivesError(
+            f"{path}: holds no measured all-reduce ({error!r}); delete it to measure anew"
+        ) from error
     return found
 
 

@@ -12,8 +12,8 @@ cmpt/train.py through DeepSpeed's launcher; a second call goes on where the firs
     fit.json          the fitted model, its error on held-out points, efficiency to 1,024 nodes
     scaling.html      all of it, with plots
 
-Exit code 0: every point was measured; 1: some failed; 2: the study cannot be run as it is. `--simulate` plays a run of
-days with faults and finds the best checkpoint interval.
+Exit code 0: every point was measured; 1: some failed or are missing; 2: the study cannot be run as it is.
+`--simulate` plays a run of days with faults and finds the best checkpoint interval.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_collectives import CollectivesError
 from cmpt.recipe import RecipeError
 from scaling_page import write_page
-from scaling_report import build, text, write_csv, write_json
+from scaling_report import build
 from scaling_run import Runner, StudyError
 from scaling_study import Point, load_study, study_hosts, study_points
+from scaling_text import text, write_csv, write_json
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -53,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(ended_by, signal.default_int_handler)
     try:
         return run(options)
-    except (RecipeError, StudyError) as error:
+    except (RecipeError, StudyError, CollectivesError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
@@ -67,23 +72,24 @@ def run(options: argparse.Namespace) -> int:
     points = study_points(study, hosts)
     runner = Runner(study)
     missing = runner.missing(points, options.retry_failed)
-    if not options.report_only:
+    if options.report_only:
+        if not runner.records():
+            raise StudyError(f"{runner.folder}: nothing was measured yet; all {len(missing)} starts are missing")
+        collectives = [path for point in points if (path := runner.collectives_file(point)).is_file()]
+    else:
         runner.check_hosts(sorted({host for point, _ in missing for host, _ in point.hosts if host}))
-    try:
-        runner.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StudyError(f'folder = "{study.folder}": cannot make {runner.folder}: {error.strerror}') from error
-    if not options.report_only:
+        try:
+            runner.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f'folder = "{study.folder}": cannot make {runner.folder}: {error.strerror}') from error
         collectives = benchmark(runner, points)
         measure(runner, missing)
-    else:
-        collectives = sorted(runner.folder.glob("collectives-*.json"))
-    report = build(study, points, runner.records(), collectives)
+    report = build(study, points, runner.records(), list(dict.fromkeys(collectives)))
     write_csv(report, runner.folder / "points.csv")
     write_json(report, runner.folder / "fit.json")
     page = write_page(report, runner.folder / "scaling.html")
     print(f"\n{text(report)}\n\n{page}")
-    return 1 if report.failed else 0
+    return 1 if report.failed or report.missing else 0
 
 
 def benchmark(runner: Runner, points: Sequence[Point]) -> list[Path]:

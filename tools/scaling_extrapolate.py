@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cmpt.engine.traffic import recipe_bytes
+from cmpt.engine.traffic import parameter_fetches, parts_of, recipe_bytes
 from cmpt.models.flops import loss_flops
 from cmpt.recipe.schema import Recipe
 from scaling_fit import Fit, Sample
@@ -26,32 +26,55 @@ class Shape:
     recipe: Recipe
     sizes: Sequence[Sequence[int]]
     """Of the parameters, by optimizer group (cmpt.engine.traffic.parameter_sizes)."""
-    tower_flops_per_sample: float
+    forward_flops_per_sample: float
+    """Of the towers, one pass."""
     calls: Mapping[str, float]
-    """Collectives of a step, by kind."""
+    """Collectives of a step without gradient caching, by kind."""
     nccl: bool
 
     def work(self, world_size: int, ranks_per_node: int, batch_size: int) -> Work:
         """What a rank does in a step at this world size, whether or not the recipe's streams allow it."""
         engine, model = self.recipe.engine, self.recipe.model
         rows, parameters = batch_size / world_size, sum(map(sum, self.sizes))
+        parts = parts_of(self.recipe, rows)
         sent = recipe_bytes(self.recipe, self.sizes, world_size, batch_size, self.nccl)
         return Work(
             world_size=world_size,
             ranks_per_node=ranks_per_node,
             samples=rows,
-            tower_flops=self.tower_flops_per_sample * rows,
+            tower_flops=passes(self.recipe, parts) * self.forward_flops_per_sample * rows,
             loss_flops=loss_flops(batch_size, rows, model.embed_dim or 0, self.recipe.loss.kind),
             stepped_elements=parameters / (world_size if engine.zero_stage and world_size > 1 else 1),
             sent_bytes=sent if world_size > 1 else {},
-            calls=self.calls,
+            calls=_times_gathers(self.calls, engine.zero_stage, parameter_fetches(parts)),
         )
 
 
-def calls_of(samples: Sequence[Sample]) -> dict[str, float]:
-    """Collectives of a step as they were counted with several ranks; {} where there were none."""
-    counted = [sample.work.calls for sample in samples if sample.work.world_size > 1]
-    return {kind: statistics.fmean(calls[kind] for calls in counted) for kind in COMMUNICATION} if counted else {}
+def shape_of(samples: Sequence[Sample], recipe: Recipe, sizes: Sequence[Sequence[int]], nccl: bool) -> Shape | None:
+    """What the points of one setting have in common, gradient caching taken out; None where only single processes were
+    measured: of their collectives nothing is known."""
+    parts = {sample.name: parts_of(recipe, sample.work.samples) for sample in samples}
+    forward = [of.work.tower_flops / of.work.samples / passes(recipe, parts[of.name]) for of in samples]
+    counted = [
+        _times_gathers(of.work.calls, of.zero_stage, 1 / parameter_fetches(parts[of.name]))
+        for of in samples
+        if of.work.world_size > 1
+    ]
+    if not counted:
+        return None
+    calls = {kind: statistics.fmean(of[kind] for of in counted) for kind in COMMUNICATION}
+    return Shape(recipe, sizes, statistics.fmean(forward), calls, nccl)
+
+
+def passes(recipe: Recipe, parts: int) -> int:
+    """Of the towers in a step, in units of a forward pass: the backward pass is two, recomputed blocks count as one
+    and gradient caching brings one more (cmpt.models.flops.training_flops)."""
+    return 3 + recipe.model.activation_checkpointing + (parts > 1)
+
+
+def _times_gathers(calls: Mapping[str, float], zero_stage: int, times: float) -> dict[str, float]:
+    """Stage 3 gathers its parameters once more for every fetch; nothing else comes more often."""
+    return {kind: count * times if (kind, zero_stage) == ("parameters", 3) else count for kind, count in calls.items()}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ What is fitted, all by robust least squares without negative values and of relat
                 constant, and a constant more at ZeRO stages 1 and 2 and at 3
     optimizer   a constant (one more above stage 0) and seconds per element that a rank steps
     links       latency and bandwidth of an all-reduce, inside a node and between nodes, from the benchmark of
-                collectives on the same hosts; without one, from the points' own all-reduces
+                collectives on the same hosts; where it shows none, from the points' own all-reduces
     exposed     for every kind of collective and stage: measured seconds / what latency and bytes of the link make,
                 where compute lasts long enough to hide the rest
     cost        the same where that cannot be why: collectives that are slower in training than alone, or cheaper,
@@ -57,6 +57,8 @@ NodesLink = tuple[int, Link]
 NO_LINK = Link(0.0, float("inf"))
 _DATA_WAITS = 0.02
 """Share of the step from which on the loader is what the step waits for."""
+_OTHER_WORK = 1.2
+"""How many times the FLOPs: masks and captions alone make steps differ by less."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,8 @@ def fit(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> Fit:
     """`links` as `read_links` has them. Raises ValueError without samples."""
     if not samples:
         raise ValueError("no point was measured: there is nothing to fit")
-    # One batch size cannot tell a constant from a rate; and a rate must be left, or more pairs would cost nothing.
-    several = len({sample.work.samples for sample in samples}) > 1
-    fixed, sharded, third, by_ranks = _compute(samples, several)
+    # A rate must be left, or more pairs would cost nothing.
+    fixed, sharded, third, by_ranks = _compute(samples, constant=_tells_constant_from_rate(samples))
     if not by_ranks:
         fixed, sharded, third, by_ranks = _compute(samples, constant=False)
     optimizer = [[1.0, sample.zero_stage > 0, sample.work.stepped_elements] for sample in samples]
@@ -186,13 +187,20 @@ def fit(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> Fit:
     return replace(found, collectives=_collectives(samples, found))
 
 
+def _tells_constant_from_rate(samples: Sequence[Sample]) -> bool:
+    """Whether some number of processes per node was measured with different work."""
+    by_ranks: dict[int, list[float]] = {}
+    for sample in samples:
+        by_ranks.setdefault(sample.work.ranks_per_node, []).append(sample.work.flops)
+    return any(max(flops) > _OTHER_WORK * min(flops) for flops in by_ranks.values())
+
+
 def _compute(samples: Sequence[Sample], constant: bool) -> tuple[float, float, float, dict[int, float]]:
     """(constant, more of it at stages 1 and 2, at 3, seconds per FLOP by ranks per node, without those that are 0)."""
     per_node = sorted({sample.work.ranks_per_node for sample in samples})
     rows = []
     for sample in samples:
-        flops = sample.work.tower_flops + sample.work.loss_flops
-        by_node = [flops if sample.work.ranks_per_node == ranks else 0.0 for ranks in per_node]
+        by_node = [sample.work.flops if sample.work.ranks_per_node == ranks else 0.0 for ranks in per_node]
         of_stage = [constant and sample.zero_stage in (1, 2), constant and sample.zero_stage == 3]
         rows.append([float(constant), *map(float, of_stage), *by_node])
     fixed, sharded, third, *rates = solve(rows, [sample.terms_s["compute"] for sample in samples])
@@ -238,14 +246,18 @@ def read_links(collectives: Iterable[Path]) -> list[NodesLink]:
 
 
 def _link(samples: Sequence[Sample], benchmarked: Sequence[Link], several_nodes: bool) -> Link:
-    if benchmarked:
+    rates = [link.bytes_per_s for link in benchmarked if link.bytes_per_s != float("inf")]
+    if rates:
         latency = statistics.fmean(link.latency_s for link in benchmarked)
-        return Link(latency, statistics.harmonic_mean([link.bytes_per_s for link in benchmarked]))
+        return Link(latency, statistics.harmonic_mean(rates))
     return training_link(samples, several_nodes) or NO_LINK
 
 
 def _collectives(samples: Sequence[Sample], found: Fit) -> dict[tuple[str, int], InTraining]:
-    hides = {sample.name: BACKWARD_SHARE * sample.terms_s["compute"] for sample in samples}
+    hides = {}
+    for sample in samples:
+        loss_s = sample.work.loss_flops / found.machine(sample.zero_stage, sample.work.ranks_per_node).flops_per_s
+        hides[sample.name] = BACKWARD_SHARE * max(0.0, sample.terms_s["compute"] - loss_s)
     in_training = {}
     for kind, stage in product(COMMUNICATION, sorted({sample.zero_stage for sample in samples})):
         alone = {}

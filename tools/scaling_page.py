@@ -14,8 +14,9 @@ from scaling_fit import Sample
 from scaling_page_model import drawn, extrapolation, fitted, milliseconds, rate_text
 from scaling_plots import Line, Row, bars, lines, values
 from scaling_read import MEASURED_TERMS
-from scaling_report import BYTES, Report, bandwidth_text
+from scaling_report import BYTES, Report
 from scaling_study import describe
+from scaling_text import bandwidth_text
 
 _MOST_HOSTS = 8
 _MOST_MODELLED = 6

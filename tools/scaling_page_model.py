@@ -8,14 +8,14 @@ from html import escape
 
 from cmpt.monitor.page import plot_figure, section, table
 from scaling_extrapolate import LOSSES, Curve, largest_loss, moves, shares_of, takeovers
-from scaling_fit import Fit, Sample
+from scaling_fit import Fit
 from scaling_plots import Told, against, areas, changes, over_nodes
 from scaling_plots import errors as errors_plot
-from scaling_report import Report, bandwidth_text, curve_label, curve_title, digits, processes
+from scaling_report import BAND, Report
 from scaling_study import describe
+from scaling_text import bandwidth_text, curve_label, curve_title, digits, processes
 from step_model import COMMUNICATION, TERMS, Link
 
-BAND = 0.15
 FORETOLD = "Foretold by the fitted model, not measured."
 _MOST_NAMED = 5
 
@@ -149,9 +149,7 @@ def extrapolation(report: Report) -> list[str]:
         "the bytes and the number of its collectives. How fast it is done is fitted. Assumed: latency grows with log2 "
         "of the processes, as in a tree, and all nodes are joined as fast as those that were measured."
     )
-    assert report.fit is not None
-    if report.fit.between.bytes_per_s == float("inf"):
-        note += " Only one host was measured: its own link stands in for the network between nodes."
+    note = " ".join([note, *report.caveats])
     parts = []
     lines = [(_told(report, curve), curve) for curve in curves if len(curve.nodes) > 1]
     if lines:
@@ -179,18 +177,12 @@ def extrapolation(report: Report) -> list[str]:
 def _told(report: Report, curve: Curve) -> Told:
     """With the measured points that lie on the curve, where one node is among them."""
     settings = list(dict.fromkeys(describe(other.settings) for other in report.curves))
-    rates = {sample.work.nodes: sample.images_per_s for sample in report.samples if _is_on(sample, curve)}
+    rates = report.measured_on(curve)
     measured = {nodes: rate / nodes / rates[1] for nodes, rate in sorted(rates.items())} if 1 in rates else {}
     efficiency = [curve.efficiency(nodes) for nodes in curve.nodes]
     dashed = curve.scaling == "strong"
     colour = settings.index(describe(curve.settings))
     return Told(curve_label(curve), curve.nodes, efficiency, measured, colour, dashed)
-
-
-def _is_on(sample: Sample, curve: Curve) -> bool:
-    record, work = sample.record, sample.work
-    same_size = record["batch_size"] == curve.batch_of(work.world_size) and record["scaling"] == curve.scaling
-    return bool(same_size and work.ranks_per_node == curve.ranks_per_node and record["settings"] == curve.settings)
 
 
 def _of_curve(number: int, curve: Curve) -> Sequence[str]:

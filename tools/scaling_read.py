@@ -8,12 +8,12 @@ others wait longer is `stragglers`. The terms add up to the step.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmpt.monitor.records import read_records
 from cmpt.monitor.timings import FOLDER
 from step_model import COMMUNICATION
 
@@ -35,9 +35,11 @@ def read_timings(run_folder: Path, world_size: int, first: int, last: int) -> li
     for rank in range(world_size):
         path = run_folder / FOLDER / f"rank_{rank:05d}.jsonl"
         try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-        except OSError as error:
-            raise TimingsError(f"{path}: {error.strerror}; do all hosts share this folder?") from error
+            lines = read_records(path)
+        except (OSError, ValueError) as error:
+            raise TimingsError(f"{path}: {error}") from error
+        if not lines:
+            raise TimingsError(f"{path}: holds nothing; do all hosts share this folder?")
         ranks.append({line["step"]: line for line in lines})
         missing = [step for step in range(first, last + 1) if step not in ranks[-1]]
         if missing:

@@ -129,15 +129,20 @@ class Runner:
 
     def collectives(self, point: Point) -> Path:
         """The benchmark of collectives on the hosts of the point; made where it is not there. Raises StudyError."""
-        name = f"collectives-{point.nodes}x{point.ranks_per_node}"
-        out, log = self.folder / f"{name}.json", self._file("logs", f"{name}.log")
+        out = self.collectives_file(point)
+        log = self._file("logs", f"{out.stem}.log")
         if not out.is_file():
             seconds = str(self.study.collectives_seconds)
             script = [str(REPOSITORY / "tools/bench_collectives.py"), "--seconds", seconds, "--out", str(out)]
             code = self.launch(point, script, log)
             if code or not out.is_file():
-                raise StudyError(f"the benchmark of collectives failed: {cause_of(code, log.read_text())} (see {log})")
+                cause = cause_of(code, log.read_text(errors="replace"))
+                raise StudyError(f"the benchmark of collectives failed: {cause} (see {log})")
         return out
+
+    def collectives_file(self, point: Point) -> Path:
+        """Where the benchmark of collectives on the hosts of the point is kept."""
+        return self.folder / f"collectives-{point.nodes}x{point.ranks_per_node}.json"
 
     def launch(self, point: Point, script: Sequence[str], log: Path) -> int:
         """Run a script on the point's processes through `deepspeed`. Returns the exit code; 124: it took too long.
@@ -163,7 +168,10 @@ class Runner:
 
     def launcher(self, point: Point) -> list[str]:
         """The command line of `deepspeed` up to the script."""
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        beside = Path(sys.executable).with_name("deepspeed")
+        deepspeed = str(beside) if beside.is_file() else shutil.which("deepspeed")
+        if deepspeed is None:
+            raise StudyError(f"there is no `deepspeed` beside {sys.executable} or on PATH")
         if self.study.hostfile is None:
             where = ["--num_accelerators", str(point.world_size)]
         else:  # through pdsh also with a single host, so that every start goes the same way
@@ -189,7 +197,11 @@ class Runner:
         return path
 
     def _environment_of(self, run: Path) -> dict[str, Any]:
-        found = json.loads((run / "environment.json").read_text())
+        path = run / "environment.json"
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise TimingsError(f"{path}: {error}") from error
         gpus = found["host"]["gpus"]
         device = gpus[0] if gpus else found["host"]["cpu"]
         threads = found["threads_per_process"]

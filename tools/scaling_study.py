@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cmpt.recipe import RecipeError, check_recipe, load_recipe
-from cmpt.recipe.layers import SCHEMA_DEFAULT, Layers
+from cmpt.recipe.layers import COMMAND_LINE, SCHEMA_DEFAULT, Layers
 from cmpt.recipe.load import LoadedRecipe
 from cmpt.recipe.typed import convert, show, without_unknown
 from hosts import Slots, parse_hostfile
 
 MOST_STEPS = 10**9  # of a point's schedule: it never comes to its end
-_NAME = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"[\w-][\w.-]*")
 _AT_LEAST: dict[str, float] = {
     "nodes": 1,
     "processes": 1,
@@ -61,7 +62,8 @@ class Study:
     measured_steps: int = 20
     """Steps of a point that are."""
     repeats: int = 1
-    """Starts of every point, all points once before any a second time."""
+    """Starts of every point, all points once before any a second time. The one in the middle counts; of an even number
+    the faster of the two."""
     timeout_minutes: float = 30.0
     """A point that takes longer has failed."""
     collectives_seconds: float = 20.0
@@ -74,6 +76,12 @@ class Study:
     @property
     def path(self) -> Path:
         return Path(self.folder) / self.name
+
+
+def _short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted key, or all of it where several end alike."""
+    last = {key: key.rsplit(".", 1)[-1] for key in keys}
+    return {key: key if list(last.values()).count(short) > 1 else short for key, short in last.items()}
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,8 @@ class Point:
     def name(self) -> str:
         """Says what it is; part of file names."""
         parts = [self.scaling, f"{self.nodes}x{self.ranks_per_node}", f"batch{self.batch_size}"]
-        parts += [f"{key.rsplit('.', 1)[-1]}{value}" for key, value in self.settings]
+        names = _short_names(dict(self.settings))
+        parts += [f"{names[key]}{value}" for key, value in self.settings]
         return re.sub(r"[^\w.-]+", "_", "-".join(parts))
 
     @property
@@ -142,18 +151,20 @@ def _check(study: Study, report: Any) -> None:
     if not study.recipe:
         report("recipe", study.recipe, "must be given: the recipe that the points train")
     if not _NAME.fullmatch(study.name):
-        report("name", study.name, "expected letters, digits, _, - and . only")
+        report("name", study.name, "expected letters, digits, _, - and . only, not . first")
     for key, least in _AT_LEAST.items():
         value = getattr(study, key)
         for item in value if isinstance(value, list) else [value]:
             if item is not None and item < least:
                 report(key, value, f"must be at least {least:g}")
     for key in _ABOVE_ZERO:
-        if getattr(study, key) <= 0:
-            report(key, getattr(study, key), "must be above 0")
+        if not 0 < getattr(study, key) < math.inf:
+            report(key, getattr(study, key), "must be above 0, and finite")
     for key, values in study.sweep.items():
         if not isinstance(values, list) or not values:
             report(f"sweep.{key}", values, "expected a list of values, at least one")
+        elif twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            report(f"sweep.{key}", values, f"has {show(twice[0])} more than once")
         if key in DECIDED:
             report(f"sweep.{key}", values, _decided_by(key))
     for override in study.overrides:
@@ -189,14 +200,15 @@ def study_hosts(study: Study) -> Slots:
     except ValueError as error:
         raise RecipeError([f"{study.hostfile}: {error}"]) from error
     if max(study.nodes) > len(hosts):
-        raise RecipeError([f"nodes = {show(study.nodes)}: {study.hostfile} lists {len(hosts)} hosts"])
+        raise RecipeError([f"nodes = {show(study.nodes)}: {study.hostfile} lists {len(hosts)} host{'s' * (len(hosts) != 1)}"])
     return hosts
 
 
 def study_points(study: Study, hosts: Slots) -> list[Point]:
-    """All points, in the order in which they run; a setting that weak and strong share comes once.
+    """All points, in the order in which they run. Weak and strong scaling have points of their own, also where they
+    share a batch.
 
-    Raises RecipeError where a point's recipe has faults, or hosts have too few slots.
+    Raises RecipeError where a point's recipe has faults, hosts have too few slots, or two points have one name.
     """
     layouts: list[tuple[tuple[str, int], ...]] = [(("", count),) for count in study.processes]
     for count in study.nodes:
@@ -213,6 +225,9 @@ def study_points(study: Study, hosts: Slots) -> list[Point]:
         world = sum(count for _, count in layout)
         points += [Point("weak", layout, pairs * world, settings) for pairs in dict.fromkeys(study.weak)]
         points += [Point("strong", layout, batch, settings) for batch in dict.fromkeys(study.strong)]
+    names = [point.name for point in points]
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise RecipeError([f"sweep: two points have the name {twice[0]}; give values that differ in letters or digits"])
     faults: dict[str, str] = {}
     for point in points:
         loaded = point_recipe(study, point)
@@ -234,7 +249,12 @@ def point_recipe(study: Study, point: Point, repeat: int = 0) -> LoadedRecipe:
         *(f"{key}={show(value, None)}" for key, value in point.settings),
         *(f"{key}={value}" for key, value in _decided(study, point, repeat).items()),
     ]
-    return load_recipe(study.recipe, overrides)
+    try:
+        loaded = load_recipe(study.recipe, overrides)
+    except RecipeError as error:
+        raise RecipeError([fault.replace(COMMAND_LINE, "the study") for fault in error.faults]) from error
+    origins = {key: "the study" if origin == COMMAND_LINE else origin for key, origin in loaded.origins.items()}
+    return LoadedRecipe(loaded.recipe, origins)
 
 
 def _steps(study: Study) -> int:
@@ -269,5 +289,5 @@ DECIDED = tuple(_decided(Study(), Point("weak", (("", 1),), 1), 0))
 
 def describe(settings: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> str:
     """Swept settings for people: "ZeRO 1, ratio 0.5"."""
-    names = {key: "ZeRO" if key == "engine.zero_stage" else key.rsplit(".", 1)[-1] for key in dict(settings)}
+    names = _short_names(dict(settings)) | {"engine.zero_stage": "ZeRO"}
     return ", ".join(f"{names[key]} {value}" for key, value in dict(settings).items())

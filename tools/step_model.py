@@ -27,7 +27,7 @@ from statistics import NormalDist
 COMMUNICATION = ("features", "gradients", "parameters", "control")
 TERMS = ("compute", "loss", "optimizer", *COMMUNICATION, "stragglers", "data")
 BACKWARD_SHARE = 2 / 3
-"""Of compute: what can hide communication."""
+"""Of the towers' compute: what can hide communication."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Work:
     """By kind of COMMUNICATION, in the ring count of one rank."""
     calls: Mapping[str, float]
     """Collectives by kind."""
+
+    @property
+    def flops(self) -> float:
+        return self.tower_flops + self.loss_flops
 
     @property
     def nodes(self) -> int:
@@ -84,7 +88,7 @@ class Machine:
     exposed: Mapping[str, float] = field(default_factory=dict)
     """By kind: the share of that which compute does not hide, if it lasts long enough; 1 where it is not named."""
     straggler_deviation: float = 0.0
-    """Standard deviation of a rank's compute within a step, as a share of the mean."""
+    """Standard deviation of a rank's compute, the loss included, within a step, as a share of the mean."""
     loader_samples_per_s: float | None = None
     """Of one rank; None: data never wait."""
     ring: bool = False
@@ -101,13 +105,13 @@ def step_terms(work: Work, machine: Machine) -> dict[str, float]:
         "loss": work.loss_flops / machine.flops_per_s,
         "optimizer": optimizer + work.stepped_elements / machine.optimizer_elements_per_s,
     }
-    hides = BACKWARD_SHARE * compute
+    hides = BACKWARD_SHARE * compute  # the loss hides nothing: it stands between the towers' passes
     for kind in COMMUNICATION:
         seconds = machine.cost.get(kind, 1.0) * collective_seconds(work, machine, kind)
         hidden = min((1 - machine.exposed.get(kind, 1.0)) * seconds, hides)
         hides -= hidden
         terms[kind] = seconds - hidden
-    terms["stragglers"] = compute * machine.straggler_deviation * expected_largest(work.world_size)
+    terms["stragglers"] = (compute + terms["loss"]) * machine.straggler_deviation * expected_largest(work.world_size)
     busy = sum(terms.values())
     rate = machine.loader_samples_per_s
     terms["data"] = 0.0 if rate is None else max(0.0, work.samples / rate - busy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,7 +134,7 @@ def expected_bytes(
     if zero_stage in (1, 2):
         parameters = sum(_padded(sum(group), 2 * world_size) for group in sizes)
     elif zero_stage == 3:
-        fetches = 1 if parts == 1 else 3 * parts
+        fetches = parameter_fetches(parts)
         kept = [size <= persistence_threshold for size in elements]
         parameters = sum(size if stays else fetches * size for size, stays in zip(padded, kept, strict=True))
     group_norms = 2 * len(sizes) * _SUM_BYTES if zero_stage == 3 else 0
@@ -155,7 +156,6 @@ def recipe_bytes(
 ) -> dict[str, int]:
     """`expected_bytes` of a step of this recipe, at another world size, global batch or ZeRO stage (None: its own)."""
     engine = recipe.engine
-    rows, micro = max(1, batch_size // world_size), engine.micro_batch_size
     zero = engine.deepspeed.get("zero_optimization", {})
     return expected_bytes(
         sizes,
@@ -164,10 +164,21 @@ def recipe_bytes(
         batch_size=batch_size,
         embed_dim=recipe.model.embed_dim or 0,
         loss=recipe.loss.kind,
-        parts=1 if micro is None else -(-rows // micro),
+        parts=parts_of(recipe, batch_size / world_size),
         nccl=nccl,
         persistence_threshold=zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD),
     )
+
+
+def parts_of(recipe: Recipe, rows: float) -> int:
+    """Of gradient caching, for so many pairs of a rank; 1: it is off."""
+    micro = recipe.engine.micro_batch_size
+    return 1 if micro is None else math.ceil(max(1, rows) / micro)
+
+
+def parameter_fetches(parts: int) -> int:
+    """How often stage 3 gathers a parameter in a step; see `expected_bytes`."""
+    return 1 if parts == 1 else 3 * parts
 
 
 def _padded(size: int, multiple: int) -> int:

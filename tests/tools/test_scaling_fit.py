@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cmpt.models.flops import loss_flops
-from scaling_extrapolate import Curve, Shape, curve_of, largest_loss, moves, takeovers
+from scaling_extrapolate import Curve, Shape, curve_of, largest_loss, moves, passes, shape_of, takeovers
 from scaling_fit import Fit, Sample, fit, held_out, read_links, samples_of, training_link
 from scaling_read import MEASURED_TERMS
 from step_model import Link, Machine, Work, rounds, step_terms
@@ -31,10 +31,11 @@ TRUE = Machine(
     exposed={"gradients": 0.7},
     straggler_deviation=0.04,
 )
+CALLS = {"features": 2, "gradients": 1, "parameters": 5, "control": 7}
 SHARDED_S = {0: 0.0, 1: 0.03, 2: 0.03, 3: 0.06}
 RECIPE = SimpleNamespace(
     engine=SimpleNamespace(zero_stage=1, micro_batch_size=None, deepspeed={}),
-    model=SimpleNamespace(embed_dim=64),
+    model=SimpleNamespace(embed_dim=64, activation_checkpointing=False),
     loss=SimpleNamespace(kind="infonce"),
 )
 
@@ -44,12 +45,12 @@ def machine(stage: int, ranks_per_node: int) -> Machine:
 
 
 def work(world: int, ranks_per_node: int, pairs: int, stage: int) -> Work:
-    shape = Shape(recipe(stage), SIZES, 1e9, {"features": 2, "gradients": 1, "parameters": 5, "control": 7}, nccl=False)
+    shape = Shape(recipe(stage), SIZES, 1e9 / 3, CALLS, nccl=False)
     return shape.work(world, ranks_per_node, pairs * world)
 
 
-def recipe(stage: int) -> Any:
-    engine = SimpleNamespace(zero_stage=stage, micro_batch_size=None, deepspeed={})
+def recipe(stage: int, micro: int | None = None) -> Any:
+    engine = SimpleNamespace(zero_stage=stage, micro_batch_size=micro, deepspeed={})
     return SimpleNamespace(engine=engine, model=RECIPE.model, loss=RECIPE.loss)
 
 
@@ -57,7 +58,7 @@ def sample(world: int, ranks_per_node: int, pairs: int, stage: int, noise: float
     stage = stage if world > 1 else 0
     of = work(world, ranks_per_node, pairs, stage)
     terms = step_terms(of, machine(stage, ranks_per_node))
-    terms["compute"] += terms.pop("loss")  # a measurement cannot tell them apart
+    terms["compute"] += terms.pop("loss")  # a measurement has both in one
     draw = random.Random(f"{world} {pairs} {stage} {seed}")
     terms = {term: terms[term] * (1 + draw.uniform(-noise, noise)) for term in MEASURED_TERMS}
     name = f"{world}x{ranks_per_node} {pairs} {stage}"
@@ -151,6 +152,59 @@ def seconds_over(of: Work, link: Link) -> dict[str, float]:
     return {kind: seconds for kind, seconds in step_terms(of, plain).items() if kind in of.calls}
 
 
+def test_work_that_differs_by_masks_tells_a_constant_from_a_rate() -> None:
+    """One number of pairs, swept mask ratios: the constant of compute shows, and unseen points are foretold."""
+    made = []
+    for world in (1, 2):
+        for share in (1.0, 0.6, 0.3):
+            each = sample(world, 1, 16, 1)
+            of = replace(each.work, tower_flops=share * each.work.tower_flops)
+            terms = step_terms(of, machine(each.zero_stage, 1))
+            terms["compute"] += terms.pop("loss")
+            made.append(replace(each, name=f"{world} {share}", work=of, terms_s=terms, step_s=sum(terms.values())))
+    assert fit(made).fixed_s == pytest.approx(0.1, rel=1e-3)
+    foretold = held_out(made)
+    assert max(abs(sum(foretold[s.name].values()) / s.step_s - 1) for s in made) < 0.06
+
+
+def test_masks_and_captions_that_differ_by_chance_tell_nothing_of_a_constant() -> None:
+    made = [
+        replace(each, work=replace(each.work, tower_flops=each.work.tower_flops * (1 + 0.002 * number)))
+        for number, each in enumerate([sample(world, 1, 16, 1) for world in (1, 2, 4)])
+    ]
+    assert fit(made).fixed_s == 0.0
+
+
+def test_a_benchmark_without_a_bandwidth_gives_way_to_another_and_to_training() -> None:
+    endless = Link(1e-3, float("inf"))
+    assert fit(one_host(), [(1, endless), (1, TRUE.inside)]).inside.bytes_per_s == TRUE.inside.bytes_per_s
+    assert fit(one_host(), [(1, endless), (1, endless)]).inside == training_link(one_host(), several_nodes=False)
+
+
+def test_the_spread_of_ranks_is_that_of_all_they_compute_and_the_loss_hides_nothing() -> None:
+    of = replace(work(2, 2, 64, 1), loss_flops=1e12)
+    fast = replace(machine(1, 2), exposed={"gradients": 0.0}, inside=Link(0.0, 1e3))
+    terms = step_terms(of, fast)
+    few = step_terms(replace(of, loss_flops=0.0), fast)
+    assert terms["stragglers"] == pytest.approx(
+        few["stragglers"] * (terms["compute"] + terms["loss"]) / terms["compute"]
+    )
+    assert terms["gradients"] == few["gradients"] > 0
+
+
+def test_a_strong_curve_leaves_gradient_caching_where_a_rank_s_pairs_fit_at_once() -> None:
+    """Measured at 2 processes with 4 parts; at 8 there is one: a pass less, and 1/12 of stage 3's gathers."""
+    cached = recipe(3, micro=16)
+    measured_work = Shape(cached, SIZES, 1e9, CALLS, nccl=False).work(2, 1, 128)
+    assert measured_work.tower_flops == 4 * 1e9 * 64 and measured_work.calls["parameters"] == 12 * 5
+    made = Sample("p", {}, 3, measured_work, {}, 1.0)
+    shape = shape_of([made], cached, SIZES, False)
+    assert shape is not None and shape_of([replace(made, work=work(1, 1, 64, 0))], cached, SIZES, False) is None
+    at_once = shape.work(8, 1, 128)
+    assert at_once.tower_flops == pytest.approx(3 * 1e9 * 16) and at_once.calls == pytest.approx(CALLS)
+    assert passes(cached, 1) == 3 and passes(cached, 4) == 4
+
+
 def test_single_processes_alone_are_fitted_too() -> None:
     found = fit([s for s in one_host() if s.work.world_size == 1])
     assert found.machine(1, 1).flops_per_s == pytest.approx(1 / BY_PROCESSES[1], rel=1e-3)
@@ -176,8 +230,7 @@ def test_of_the_repeats_of_a_point_the_middle_one_counts() -> None:
 def curve(scaling: str, stage: int = 1) -> Curve:
     found: Fit = fit(one_host())
     found = replace(found, between=Link(1e-5, 1e10), inside=Link(1e-6, 1e11))
-    calls = {"features": 2, "gradients": 1, "parameters": 5, "control": 7}
-    shape = Shape(recipe(stage), SIZES, 1e9, calls, nccl=True)
+    shape = Shape(recipe(stage), SIZES, 1e9 / 3, CALLS, nccl=True)
     return curve_of(scaling, {"weak": 64, "strong": 4096}[scaling], {"engine.zero_stage": stage}, 2, shape, found)
 
 
@@ -206,7 +259,7 @@ def test_in_weak_scaling_the_loss_and_the_features_take_over_for_they_grow_with_
 def test_a_single_process_is_foretold_without_the_costs_of_zero() -> None:
     """One rank alone runs as stage 0, so the curve starts where the point was measured."""
     found = fit(two_hosts())
-    shape = Shape(recipe(3), SIZES, 1e9, {"parameters": 5}, nccl=False)
+    shape = Shape(recipe(3), SIZES, 1e9 / 3, {"parameters": 5}, nccl=False)
     of = curve_of("weak", 32, {}, 1, shape, found)
     assert of.terms(1)["compute"] == pytest.approx(found.fixed_s + 32e9 * found.seconds_per_flop[1])
     assert of.terms(2)["compute"] == pytest.approx(of.terms(1)["compute"] + found.sharded_s[3])

@@ -20,9 +20,10 @@ from small_studies import study
 from scaling_fit import samples_of
 from scaling_page import write_page
 from scaling_plots import spread
-from scaling_report import Report, build, curve_label, text, write_csv, write_json
+from scaling_report import Report, build
 from scaling_run import Runner
 from scaling_study import Point, Study, point_recipe, study_hosts, study_points
+from scaling_text import curve_label, text, write_csv, write_json
 from step_model import COMMUNICATION, Link, Machine, step_terms
 
 MACHINE = Machine(2e11, 1e8, Link(1e-3, 4e8), Link(1e-3, 4e8), fixed_s=0.1, straggler_deviation=0.02)
@@ -213,7 +214,7 @@ def test_every_setting_of_a_sweep_has_a_curve_of_its_own(tmp_path: Path) -> None
     report, _ = report_of(tmp_path, sweep={"engine.zero_stage": [1], "masking.ratio": [0.4, 0.6]})
     labels = [f"{scaling}, ZeRO 1, ratio {ratio}" for ratio in (0.4, 0.6) for scaling in ("weak", "strong")]
     assert [curve_label(curve) for curve in report.curves] == labels
-    flops = [curve.shape.tower_flops_per_sample for curve in report.curves]
+    flops = [curve.shape.forward_flops_per_sample for curve in report.curves]
     assert flops[0] == flops[1] == pytest.approx(1.5 * flops[2], rel=0.01)
     page = page_of(report, tmp_path)
     assert all(label in page for label in labels)

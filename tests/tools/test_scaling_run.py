@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from small_studies import study, study_file
 
 import scaling
-from cmpt.recipe import RecipeError
+from bench_collectives import CollectivesError, read_collectives
 from scaling_read import MEASURED_TERMS, TimingsError, measured, read_timings
 from scaling_run import Runner, StudyError, cause_of
 from scaling_study import study_hosts, study_points
@@ -71,6 +71,60 @@ def test_missing_lines_of_a_rank_are_named(tmp_path: Path) -> None:
         read_timings(tmp_path, 1, 1, 6)
     with pytest.raises(TimingsError, match=r"rank_00001.*do all hosts share this folder"):
         read_timings(tmp_path, 2, 1, 4)
+    (folder / "rank_00001.jsonl").write_text("no record\n" + json.dumps(line(1, 1, 1.0)) + "\n")
+    with pytest.raises(TimingsError, match="rank_00001"):
+        read_timings(tmp_path, 2, 1, 4)
+
+
+def test_a_run_without_its_environment_is_a_point_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = study(tmp_path, sweep=None, processes=[1], warmup_steps=1, measured_steps=4)
+    (point,), runner = study_points(of, {}), Runner(of)
+    timings = runner.folder / "runs" / f"{point.name}-r0" / "timings/rank_00000.jsonl"
+    timings.parent.mkdir(parents=True)
+    timings.write_text("".join(json.dumps(line(s, 0, 1.0)) + "\n" for s in range(1, 7)))
+    monkeypatch.setattr(Runner, "launch", lambda self, point, script, log: 0)
+    assert "environment.json" in runner.measure(point, 0)["cause"]
+
+
+def test_a_report_of_nothing_is_refused_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = study_file(tmp_path, name="s")
+    assert scaling.main([str(path), "--report-only"]) == scaling.USER_ERROR
+    assert "nothing was measured yet; all 4 starts are missing" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_report_says_what_is_missing_and_takes_the_benchmarks_of_its_own_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study_file(tmp_path, name="s")
+    runner = Runner(study(tmp_path, name="s"))
+    point = study_points(runner.study, {})[0]
+    runner.folder.mkdir()
+    record = {"point": point.name, "repeat": 0, "status": "failed", "cause": "broken", "settings": {}}
+    record |= {"scaling": "weak", "nodes": 1, "ranks_per_node": 1, "world_size": 1, "batch_size": 16}
+    record |= {"hosts": [], "log": "x.log", "seconds": 1.0}
+    record["fingerprint"] = runner.fingerprint(point)
+    (runner.folder / "points.jsonl").write_text(json.dumps(record) + "\n")
+    (runner.folder / "collectives-1x8.json").write_text("of another study")
+    assert scaling.main([str(path), "--report-only"]) == 1
+    assert "missing: 3 starts" in capsys.readouterr().out
+    assert json.loads((runner.folder / "fit.json").read_text())["missing"] == 3
+
+
+def test_a_benchmark_without_an_all_reduce_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "collectives-1x2.json"
+    for text in ("", "[]", '{"ops": {}}', '{"ops": {"all_reduce": {"points": []}}, "hosts": ["a"], "world_size": 2}'):
+        path.write_text(text)
+        with pytest.raises(CollectivesError, match=r"collectives-1x2.json: holds no measured all-reduce"):
+            read_collectives(path)
+
+
+def test_a_launcher_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(study(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StudyError, match="no `deepspeed` beside"):
+        runner.launcher(study_points(runner.study, {})[0])
 
 
 @pytest.mark.parametrize(
@@ -187,8 +241,3 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
     after = points.read_text()
     assert after.startswith(before) and len(after.splitlines()) == 4
     assert "[3/3]" in done.stdout
-
-
-def test_a_study_of_one_world_without_faults_is_a_list_of_points(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
-        study_points(study(tmp_path, weak=[15], processes=[2]), {})

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 from small_studies import study, study_file
 
 import scaling
 from cmpt.recipe import RecipeError
-from scaling_study import DECIDED, Study, point_recipe, study_hosts, study_points
+from scaling_study import DECIDED, Study, describe, load_study, point_recipe, study_hosts, study_points
 
 
 def names(of: Study) -> list[str]:
@@ -28,6 +29,24 @@ def test_a_point_for_every_world_size_batch_and_swept_value(tmp_path: Path) -> N
         "weak-1x2-batch32-zero_stage3",
         "strong-1x2-batch64-zero_stage3",
     ]
+
+
+def test_swept_keys_that_end_alike_are_told_apart(tmp_path: Path) -> None:
+    swept = {"model.text.layers": [1, 2], "model.vision.layers": [1, 2]}
+    found = study_points(study(tmp_path, processes=[1], sweep=swept), {})
+    assert found[1].name == "weak-1x1-batch16-model.text.layers1-model.vision.layers2"
+    assert describe(found[1].settings) == "model.text.layers 1, model.vision.layers 2"
+
+
+@pytest.mark.parametrize("name", ["processes.yaml", "nodes.yaml"])
+def test_the_studies_of_the_recipes_have_points(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    of = load_study(f"recipes/scaling/{name}")
+    if of.hostfile is not None:
+        of.hostfile = str(tmp_path / "hostfile")
+        Path(of.hostfile).write_text("".join(f"n{number} slots=8\n" for number in range(16)))
+        of.overrides += [f"data.train.0.urls=[{REPOSITORY / 'cmpt/data/clipart/train-0000.tar'}]"]
+    assert len(study_points(of, study_hosts(of))) == {"processes.yaml": 18, "nodes.yaml": 30}[name]
 
 
 def test_points_take_the_first_hosts_of_the_hostfile_and_as_many_slots_as_all_have(tmp_path: Path) -> None:
@@ -69,6 +88,10 @@ def test_a_point_trains_the_recipe_without_what_is_not_training(tmp_path: Path) 
         ({"overrides": ["run.name=x"]}, ["overrides", "run.name=x", "decided by the study"]),
         ({"environment": {"A": None}}, ["environment.A"]),
         ({"name": "a b"}, ["name", "letters"]),
+        ({"name": ".."}, ["name", "not . first"]),
+        ({"timeout_minutes": float("nan")}, ["timeout_minutes", "above 0, and finite"]),
+        ({"collectives_seconds": float("inf")}, ["collectives_seconds", "above 0, and finite"]),
+        ({"sweep": {"engine.zero_stage": [1, 2, 1]}}, ["sweep.engine.zero_stage", "1 more than once"]),
     ],
 )
 def test_a_bad_study_is_refused_with_field_value_and_constraint(
@@ -84,8 +107,10 @@ def test_a_bad_study_is_refused_with_field_value_and_constraint(
     ("keys", "told"),
     [
         ({"sweep": {"engine.zero_stages": [1]}}, ["engine.zero_stages", "did you mean engine.zero_stage?"]),
-        ({"sweep": {"engine.zero_stage": [1, 4]}}, ["zero_stage4", "engine.zero_stage = 4", "<= 3"]),
+        ({"sweep": {"engine.zero_stage": [1, 4]}}, ["zero_stage4", "engine.zero_stage = 4", "<= 3", "(the study)"]),
+        ({"sweep": {"data.image_key": ["a/b", "a:b"]}}, ["sweep", "two points have the name", "image_keya_b"]),
         ({"processes": [3]}, ["weak-1x3-batch48", "3"]),
+        ({"weak": [15], "processes": [2]}, ["weak-1x2-batch30", "engine.batch_size = 30"]),
         ({"overrides": ["masking.ratio=2"]}, ["masking.ratio"]),
         ({"recipe": "nowhere.yaml"}, ["nowhere.yaml"]),
     ],
@@ -102,7 +127,7 @@ def test_points_whose_recipe_cannot_run_are_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("hostfile", "keys", "told"),
     [
-        ("a slots=1\n", {"nodes": [1, 4]}, ["nodes = [1, 4]", "lists 1 hosts"]),
+        ("a slots=1\n", {"nodes": [1, 4]}, ["nodes = [1, 4]", "lists 1 host"]),
         ("a slots=1\n", {"nodes": [1], "processes_per_node": 8}, ["processes_per_node = 8", "a has 1 slots"]),
         ("a slot=1\n", {"nodes": [1]}, ["line 1", "slots=N"]),
         (None, {"nodes": [1]}, ["hostfile", "cannot be read"]),
@@ -123,7 +148,7 @@ def test_nodes_beyond_the_hostfile_are_refused(
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "scaling").write_text("a file where the study's folder is to be")
     path = study_file(tmp_path)
-    assert scaling.main([str(path), "--report-only"]) == scaling.USER_ERROR
+    assert scaling.main([str(path)]) == scaling.USER_ERROR
     told = capsys.readouterr().err
     assert told.startswith("error: folder = ") and str(tmp_path / "scaling") in told and "File exists" in told
 
@@ -132,7 +157,7 @@ def test_what_the_study_decides_is_in_every_point(tmp_path: Path) -> None:
     """So that no key of DECIDED is refused in vain, and none that is set can be swept."""
     of = study(tmp_path)
     loaded = point_recipe(of, study_points(of, {})[0])
-    set_by_study = {key for key in DECIDED if loaded.origins.get(key) == "command line"}
+    set_by_study = {key for key in DECIDED if loaded.origins.get(key) == "the study"}
     assert set_by_study == set(DECIDED)
 
 
