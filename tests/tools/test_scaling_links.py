@@ -1,16 +1,38 @@
-"""A study over two hosts whose link has a known bandwidth and delay: what the fitted model makes of it."""
+"""Studies in full, on one host and over two whose link has a known bandwidth and delay: what the fitted model makes of
+them. About an hour; nothing else may run beside it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from conftest import RunCli
+from conftest import REPOSITORY, RunCli
 from two_hosts import hosts_up
 
 SCALING = ["python", "tools/scaling.py"]
+
+
+def off(told: dict[str, Any]) -> dict[str, float]:
+    """Held-out points that the model misses by more than 15 %."""
+    return {point: error for point, error in told["errors"].items() if abs(error) > 0.15}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_study_of_one_host_foretells_points_that_it_has_not_seen(tmp_path: Path, run_cli: RunCli) -> None:
+    """Weak and strong, one and two processes, ZeRO 1, 2 and 3: within 15 %, bytes within 1 %."""
+    study = yaml.safe_load((REPOSITORY / "recipes/scaling/processes.yaml").read_text())
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**study, "folder": str(tmp_path), "name": "study"}))
+    done = run_cli([*SCALING, str(path)], timeout=3600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "study/fit.json").read_text())
+    assert len(told["errors"]) == 18 and not off(told), told["errors"]
+    assert told["bytes_apart"] < 0.01
 
 
 @pytest.mark.slow
@@ -43,9 +65,7 @@ def test_the_fit_shows_the_link_and_foretells_points_that_it_has_not_seen(
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "study/fit.json").read_text())
-    assert len(told["errors"]) == 12
-    off = {point: error for point, error in told["errors"].items() if abs(error) > 0.15}
-    assert not off, off
+    assert len(told["errors"]) == 12 and not off(told), told["errors"]
     set_bytes_per_s = mbit * 1e6 / 8
     for link in (told["fit"]["between"], told["training_links"]["between"]):
         assert link["bytes_per_s"] == pytest.approx(set_bytes_per_s, rel=0.2)
