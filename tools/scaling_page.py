@@ -83,6 +83,8 @@ def _head(report: Report, groups: Groups) -> str:
     tiles = [(f"{measured}", f"point{'' if measured == 1 else 's'} measured" + ("" if failed else ", none failed"))]
     if failed:
         tiles.append((f"{failed}", f"start{'' if failed == 1 else 's'} failed, see the end of the page"))
+    if report.missing:
+        tiles.append((f"{report.missing}", f"start{'' if report.missing == 1 else 's'} missing: the study is not over"))
     scaled = [s for of in groups.values() if _scales(of) for points in of.values() for s in points]
     if scaled:
         most = max(scaled, key=lambda s: (s.work.world_size, report.efficiency(s) or 0))

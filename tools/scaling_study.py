@@ -200,7 +200,9 @@ def study_hosts(study: Study) -> Slots:
     except ValueError as error:
         raise RecipeError([f"{study.hostfile}: {error}"]) from error
     if max(study.nodes) > len(hosts):
-        raise RecipeError([f"nodes = {show(study.nodes)}: {study.hostfile} lists {len(hosts)} host{'s' * (len(hosts) != 1)}"])
+        raise RecipeError(
+            [f"nodes = {show(study.nodes)}: {study.hostfile} lists {len(hosts)} host{'s' * (len(hosts) != 1)}"]
+        )
     return hosts
 
 

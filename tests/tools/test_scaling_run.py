@@ -108,6 +108,7 @@ def test_a_report_says_what_is_missing_and_takes_the_benchmarks_of_its_own_point
     (runner.folder / "collectives-1x8.json").write_text("of another study")
     assert scaling.main([str(path), "--report-only"]) == 1
     assert "missing: 3 starts" in capsys.readouterr().out
+    assert "starts missing: the study is not over" in (runner.folder / "scaling.html").read_text()
     assert json.loads((runner.folder / "fit.json").read_text())["missing"] == 3
 
 
@@ -222,7 +223,8 @@ def test_a_failing_point_is_reported_and_the_rest_is_done(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_study_goes_on_where_it_was(ended_by: signal.Signals, tmp_path: Path) -> None:
     path = study_file(tmp_path, **{**QUICK, "weak": [16, 32]}, sweep=None, name="s", repeats=2)
     points, logs = tmp_path / "s/points.jsonl", tmp_path / "s/logs"
     process = subprocess.Popen([*SCALING, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -231,7 +233,7 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     time.sleep(2.0)  # well within the second start
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, ended_by)
     assert process.wait(timeout=90) == scaling.INTERRUPTED
     assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout, "its processes are gone"
     before = points.read_text()
