@@ -53,8 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write every measured value there, on rank 0")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher
     options = parser.parse_args(arguments)
-    if options.seconds <= 0 or options.largest_mib < 1:
-        parser.error(f"--seconds {options.seconds:g} --largest-mib {options.largest_mib}: both must be above 0")
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds {options.seconds:g}: must be above 0, and finite")
+    if options.largest_mib < 1:
+        parser.error(f"--largest-mib {options.largest_mib}: must be at least 1")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.absolute().parent}")
     rank, world, device = process_group.start()
     try:
         if world == 1:
