@@ -5,9 +5,10 @@ from cmpt.recipe.durations import Duration, parse_duration
 from cmpt.recipe.load import LoadedRecipe, differences, load_recipe, recipe_fingerprint, to_yaml
 from cmpt.recipe.paths import is_local, resolve_path
 from cmpt.recipe.phases import ResolvedPhase, phases
-from cmpt.recipe.typed import RecipeError
+from cmpt.recipe.typed import Absent, RecipeError
 
 __all__ = [
+    "Absent",
     "Duration",
     "LoadedRecipe",
     "RecipeError",

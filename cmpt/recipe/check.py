@@ -18,7 +18,7 @@ from cmpt.recipe.paths import is_local, resolve_path
 from cmpt.recipe.phases import PHASE_KEYS, apply_phase
 from cmpt.recipe.schema import Recipe
 from cmpt.recipe.suite import load_suite
-from cmpt.recipe.typed import RecipeError, fault_line, nearest_choice, plain
+from cmpt.recipe.typed import Absent, RecipeError, fault_line, nearest_choice, plain
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -171,7 +171,8 @@ class _Checker:
             owner = owner.rpartition(".")[0]
         origin = self.origins.get(owner, "")
         if fault_line(key, plain(value), constraint, origin) not in self.faults:
-            self.faults[fault_line(key, plain(value), constraint + self.scope, origin)] = None
+            line = fault_line(key, plain(value), constraint + self.scope, origin)
+            self.faults[Absent(line) if isinstance(constraint, Absent) else line] = None
 
     def require(self, holds: bool, key: str, value: Any, constraint: str) -> None:
         if not holds:
@@ -254,7 +255,7 @@ class _Checker:
         run = self.recipe.run
         started = os.path.isdir(os.path.join(os.path.expanduser(run.folder), run.name, "checkpoints"))
         if model.init_from is not None and not started and not os.path.exists(resolve_path(model.init_from)):
-            self.fault("model.init_from", model.init_from, "no such file or folder")
+            self.fault("model.init_from", model.init_from, Absent("no such file or folder"))
 
     def engine(self) -> None:
         engine, run = self.recipe.engine, self.recipe.run
@@ -293,12 +294,12 @@ class _Checker:
             self.fault(key, value, constraint)
         if tokenizer.path is not None:
             missing = is_local(tokenizer.path) and not os.path.isfile(resolve_path(tokenizer.path))
-            self.require(not missing, "tokenizer.path", tokenizer.path, "no such file")
+            self.require(not missing, "tokenizer.path", tokenizer.path, Absent("no such file"))
         elif tokenizer.kind == "sentencepiece":
             self.fault("tokenizer.path", None, "must name the .model file of the sentencepiece tokenizer")
         elif tokenizer.kind == "clip_bpe" and find_spec("open_clip") is None:
             constraint = "must name CLIP's bpe_simple_vocab_16e6.txt.gz; null needs open_clip_torch, not installed here"
-            self.fault("tokenizer.path", None, constraint)
+            self.fault("tokenizer.path", None, Absent(constraint))
         if evaluation.suite is not None:
             self.suite(evaluation.suite, evaluation.tasks)
         elif evaluation.tasks:
@@ -322,7 +323,8 @@ class _Checker:
 def check_recipe(recipe: Recipe, world_size: int = 1, origins: Mapping[str, str] | None = None) -> list[str]:
     """Faults of a typed recipe that `world_size` processes are to run, one line each; empty: it can run.
 
-    `origins` (of `load_recipe`), where given, adds to each line where the value came from.
+    A line about what is only not on this machine is `Absent`. `origins` (of `load_recipe`), where given, adds to each
+    line where the value came from.
     """
     checker = _Checker(recipe, world_size, origins or {})
     checker.run()

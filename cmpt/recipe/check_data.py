@@ -9,6 +9,7 @@ from typing import Any
 
 from cmpt.recipe.paths import expand_shards, is_local
 from cmpt.recipe.schema import Data
+from cmpt.recipe.typed import Absent
 
 REMOTE_SCHEMES = ("http:", "https:", "s3:", "gs:", "pipe:")
 Fault = tuple[str, Any, str]  # dotted key, value, constraint
@@ -45,7 +46,7 @@ def _shard_faults(key: str, url: str, data: Data) -> Iterator[Fault]:
         yield key, url, "has unbalanced braces"
         return
     if not shards:
-        yield key, url, f"matches no file; give your own: {key}=[...]"
+        yield key, url, Absent(f"matches no file; give your own: {key}=[...]")
         return
     remote = [shard for shard in shards if not is_local(shard)]
     unknown = [shard for shard in remote if not shard.lower().startswith(REMOTE_SCHEMES)]
@@ -64,4 +65,4 @@ def _shard_faults(key: str, url: str, data: Data) -> Iterator[Fault]:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         counted = f"{len(missing)} of {len(shards)} shards do not exist" if len(shards) > 1 else "no such file"
         hint = f"; give your own: {key}=[...]" if len(missing) == len(shards) else ""
-        yield key, url, f"{counted}: {first}{hint}"
+        yield key, url, Absent(f"{counted}: {first}{hint}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from cmpt.recipe.paths import resolve_path
 from cmpt.recipe.schema import Masking, Recipe, TextMasking
+from cmpt.recipe.typed import Absent
 
 MOST_PATCHES = 1 << 12  # of an image that is cluster masked (masking/cluster.py)
 Fault = tuple[str, Any, str]  # dotted key, value, constraint
@@ -99,4 +100,4 @@ def _frequency_faults(text: TextMasking, strategy: str) -> Iterator[Fault]:
     if text.frequencies is None:
         yield "text_masking.frequencies", None, f"must name the table that tools/count_words.py writes, {strategy}"
     elif not os.path.isfile(resolve_path(text.frequencies)):
-        yield "text_masking.frequencies", text.frequencies, "no such file"
+        yield "text_masking.frequencies", text.frequencies, Absent("no such file")

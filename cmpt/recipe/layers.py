@@ -167,10 +167,13 @@ class Layers:
 
     def _parse(self, text: str, where: str, key: str, marks: dict[str, str]) -> tuple[Any] | None:
         """The value in a tuple, or None where it is not YAML; `marks` gets the origin of each key below `key`."""
-        loader = _Loader(text)
         try:
-            node = loader.get_single_node()
-            return (None if node is None else self._value(loader, node, where, key, marks, ()),)
+            loader = _Loader(text)  # refuses characters that YAML does not have
+            try:
+                node = loader.get_single_node()
+                return (None if node is None else self._value(loader, node, where, key, marks, ()),)
+            finally:
+                loader.dispose()
         except (yaml.YAMLError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark and where != COMMAND_LINE else ""
@@ -180,8 +183,6 @@ class Layers:
             subject = f"{key} = {text}: " if key else ""
             self.faults.append(f"{subject}bad YAML: {problem} ({where}{line})")
             return None
-        finally:
-            loader.dispose()
 
     def _value(
         self, loader: _Loader, node: yaml.Node, where: str, key: str, marks: dict[str, str], inside: tuple[int, ...]

@@ -18,6 +18,12 @@ Report = Callable[[str, Any, str], None]
 _DURATION_FIELDS = {"duration", "log_every", "checkpoint_every", "stop_after", "every", "warmup"}
 
 
+class Absent(str):
+    """A constraint, or the line of a fault, about what is not on this machine; the recipe may run on another."""
+
+    __slots__ = ()
+
+
 class RecipeError(ValueError):
     """Everything that is wrong with a recipe; `faults` holds one line for each."""
 

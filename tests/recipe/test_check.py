@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cmpt.recipe import check_recipe, load_recipe
+from cmpt.recipe import Absent, check_recipe, load_recipe
 from cmpt.recipe.check import CHOICES, RANGES
 from cmpt.recipe.schema import (
     Data,
@@ -255,6 +255,21 @@ def test_the_bpe_of_clip_needs_its_merges(recipe: Recipe, monkeypatch: pytest.Mo
     ]
     monkeypatch.setattr("cmpt.recipe.check.find_spec", lambda name: object())
     assert check_recipe(recipe) == []
+
+
+def test_what_only_this_machine_lacks_is_told_apart(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmpt.recipe.check.find_spec", lambda name: None)
+    recipe.data = Data(train=[Source(["no/*.tar", "no/{0..9}.tar"])], heldout=["no.tar"], streams=8)
+    recipe.model.init_from = "gone"
+    recipe.text_masking = TextMasking(strategy="frequency", tokens=8, frequencies="gone")
+    recipe.tokenizer = Tokenizer(kind="clip_bpe")
+    recipe.run.seed = -1
+    wrong, *absent = check_recipe(recipe)
+    assert wrong == "run.seed = -1: must be >= 0" and not isinstance(wrong, Absent)
+    assert len(absent) == 6 and all(isinstance(fault, Absent) for fault in absent)
+    recipe.tokenizer, recipe.run.seed = Tokenizer(path="gone"), 0
+    absent = check_recipe(recipe)
+    assert len(absent) == 6 and all(isinstance(fault, Absent) for fault in absent)
 
 
 def test_phases_are_checked_as_they_run(recipe: Recipe) -> None:
