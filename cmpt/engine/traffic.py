@@ -123,7 +123,8 @@ def expected_bytes(
       where a forward pass may have no backward pass, it keeps nothing: three times for each part (features, forward,
       backward), and more where the model is larger than `stage3_prefetch_bucket_size` (5 * 10^7 elements; 3.2 times
       were seen with a bucket of a 12th of the model), for some are fetched ahead in vain.
-    - control: one fp64 sum of the loss and of a norm for each parameter group.
+    - control: one fp64 all-reduce of the loss and of a norm for each parameter group (engine/sharded.py). The training
+      loop sums its counts in one more (engine/counts.py, 10 int64, on GPUs through gloo), which is left out here.
 
     It is the count of a steady step: at stage 3 the first two record the order of the modules and gather more.
     """
