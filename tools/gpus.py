@@ -39,6 +39,8 @@ _A100 = "OpenCLIP on A100, 9 to 30 %"
 _H100 = "NeMo CLIP on H100, 21 %"
 _ELSEWHERE = "NeMo CLIP on H100, 21 %; no public figure for this card is used"
 _PCIE_4, _PCIE_5 = 32e9, 64e9
+# L40S, NVIDIA's data sheet: 362.05 TFLOP/s bf16 (733 with sparsity), 48 GB at 864 GB/s, PCIe Gen4 x16 of 64 GB/s both
+# ways, no NVLink; 46,068 MiB are nvidia-smi's (akash-network/provider-configs, pull request 99).
 
 GPUS = {
     gpu.name: gpu

@@ -4,7 +4,8 @@
 
 Parameters, tokens and FLOPs; memory per GPU by part for every ZeRO stage and micro-batch; steps, hours, GPU hours and
 cost; what the loader has to deliver; bytes over the network; checkpoints; and warnings. No data, no weights and no GPU
-are needed. Beside each figure stands how it came about: computed, from a data sheet, given, assumed or measured.
+are needed. Beside each figure stands how it came about: computed, from a data sheet, given, assumed or measured. With
+--fit, MFU and links are those that a study of tools/scaling.py measured; what is given as an option of its own wins.
 
 Exit code 0: the recipe can run so; 1: it cannot (said as warnings); 2: the question was wrong.
 """
@@ -24,18 +25,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed is asked for its settings only
 
 from cmpt.data.tokenizer import open_tokenizer
-from cmpt.recipe import RecipeError, check_recipe, load_recipe, parse_duration
+from cmpt.recipe import Absent, RecipeError, check_recipe, load_recipe, parse_duration
 from cmpt.recipe.schema import Recipe
-from gpus import find_gpu
-from plan_run import LOADER_IMAGES_PER_CORE, Cluster, Job, usable_bytes
-from plan_tables import MemoryTable, as_json, tables
-from plan_warnings import split_faults, warnings
+from gpus import GIB, GPUS, Gpu, find_gpu
+from plan_fit import Measured, read_fit
+from plan_run import (
+    LATENCY_BETWEEN_S,
+    LATENCY_INSIDE_S,
+    LOADER_IMAGES_PER_CORE,
+    Cluster,
+    Job,
+    KnownLink,
+)
+from plan_tables import MemoryTable, as_json, number, tables
+from plan_warnings import warnings
+from step_model import Link
 
 USER_ERROR = 2
 CLIP_VOCABULARY = 49_408
 """Of CLIP's byte-pair encoding (arXiv 2103.00020, section 2.4: 49,152 merges and bytes, with its two marks)."""
-# Defaults that are neither measured nor known: each is printed as assumed beside the figures that it makes.
-CAPTION_TOKENS, IMAGE_KB, STORAGE_GB_PER_S, RESERVE_GIB = 20.0, 50.0, 2.0, 3.0
+ASSUMED = {
+    "caption_tokens": 20.0,
+    "image_kb": 50.0,
+    "images_per_core": LOADER_IMAGES_PER_CORE,
+    "storage_gb_per_s": 2.0,
+    "reserve_gib": 3.0,
+}
+"""Defaults of options; each is printed as assumed, or with where it was measured, beside the figures that it makes."""
 POSITIVE = (
     "nodes",
     "gpus_per_node",
@@ -55,12 +71,12 @@ POSITIVE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     try:
-        job, absent, faults = planned(options)
+        job, absent = planned(options)
     except (RecipeError, ValueError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return USER_ERROR
     memory = MemoryTable.of(job)
-    found = [f"the recipe cannot run so: {fault}" for fault in faults] + list(warnings(job, memory))
+    found = list(warnings(job, memory))
     command = " ".join(["tools/plan.py", *(sys.argv[1:] if arguments is None else arguments)])
     print(report(job, memory, found, absent, options.markdown, command))
     if options.json is not None:
@@ -69,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             print(f"error: --json {options.json}: {error.strerror}", file=sys.stderr)
             return USER_ERROR
-    return 1 if faults or not job.fits(memory.own) else 0
+    return 0 if job.divides and job.fits(memory.own) else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,98 +94,123 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--nodes", type=int, default=1)
     made.add_argument("--gpus-per-node", type=int, default=8)
-    made.add_argument("--gpu", required=True, metavar="NAME", help="h200, h100, a100, a100-40, l40s, b200")
-    made.add_argument(
-        "--mfu", type=float, help="share of the peak that the towers reach, 0 to 1; default: a public figure"
-    )
+    made.add_argument("--gpu", required=True, metavar="NAME", help=", ".join(GPUS))
+    made.add_argument("--mfu", type=float, help="share of the peak that the towers reach; default: a public figure")
+    made.add_argument("--fit", metavar="FILE", help="fit.json of a study of tools/scaling.py: its MFU and links")
     made.add_argument("--network-gbit-per-node", type=float, metavar="X", help="one direction; default: NVIDIA's DGX")
     made.add_argument("--nvlink-gb-per-s", type=float, metavar="X", help="per GPU, one direction; default: data sheet")
     made.add_argument("--memory-gib", type=float, metavar="X", help="of a GPU; default: what the driver reports")
-    made.add_argument(
-        "--reserve-gib", type=float, default=RESERVE_GIB, metavar="X", help="of it not for tensors (%(default)g)"
-    )
     made.add_argument("--price-per-gpu-hour", type=float, metavar="P")
-    made.add_argument(
-        "--caption-tokens", type=float, default=CAPTION_TOKENS, metavar="T", help="mean (%(default)g, assumed)"
-    )
-    made.add_argument(
-        "--image-kb", type=float, default=IMAGE_KB, metavar="K", help="mean bytes / 1000 (%(default)g, assumed)"
-    )
-    made.add_argument(
-        "--images-per-core", type=float, default=LOADER_IMAGES_PER_CORE, metavar="R", help="loader (%(default)g)"
-    )
-    made.add_argument("--cores-per-gpu", type=float, metavar="C", help="to warn where they are too few")
-    told = f"storage of all nodes together ({STORAGE_GB_PER_S:g}, assumed)"
-    made.add_argument("--storage-gb-per-s", type=float, metavar="X", help=told)
+    made.add_argument("--cores-per-gpu", type=float, metavar="C", help="of a node; not known by default")
     made.add_argument("--samples-per-epoch", type=int, metavar="N", help="needed where the recipe counts in epochs")
+    told = {
+        "reserve_gib": ("X", "of a GPU's memory, not for tensors"),
+        "caption_tokens": ("T", "mean of a caption"),
+        "image_kb": ("K", "mean bytes / 1000 of an encoded image"),
+        "images_per_core": ("R", "that a core decodes in a second; the default was measured"),
+        "storage_gb_per_s": ("X", "read by all nodes together"),
+    }
+    for name, (metavar, what) in told.items():
+        made.add_argument(_option(name), type=float, metavar=metavar, help=f"{what} ({ASSUMED[name]:g})")
     made.add_argument("--markdown", action="store_true", help="tables as Markdown")
     made.add_argument("--json", metavar="FILE", help="write every figure there too")
     return made
 
 
-def planned(options: argparse.Namespace) -> tuple[Job, list[str], list[str]]:
-    """The job, what of the recipe is not at hand here, and what keeps it from running so. Raises ValueError."""
-    cluster = cluster_of(options)
+def planned(options: argparse.Namespace) -> tuple[Job, list[str]]:
+    """The job, and what of the recipe is not at hand here. Raises ValueError."""
+    assumed = [name for name in ASSUMED if getattr(options, name) is None]
+    options = argparse.Namespace(**{**vars(options), **{name: ASSUMED[name] for name in assumed}})
+    cluster = replace(cluster_of(options), assumed=frozenset(map(_option, assumed)))
     loaded = load_recipe(options.recipe, options.overrides)
-    # What does not divide by the GPUs is a warning; the plan goes on. Anything else ends it.
-    alone, absent = split_faults(check_recipe(loaded.recipe, 1, loaded.origins))
-    if alone:
-        raise RecipeError(alone)
-    together, _ = split_faults(check_recipe(loaded.recipe, cluster.world_size, loaded.origins))
-    recipe = with_known_sizes(loaded.recipe)
+    # Streams that the GPUs do not divide are a warning (Job.divides); the plan goes on.
+    faults = check_recipe(loaded.recipe, 1, loaded.origins)
+    if elsewhere := [fault for fault in faults if not isinstance(fault, Absent)]:
+        raise RecipeError(elsewhere)
+    recipe, pairs = with_known_sizes(loaded.recipe), loaded.recipe.engine.batch_size
+    if cluster.world_size > pairs:
+        split = f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node}"
+        raise ValueError(f"{split}: must be at most engine.batch_size = {pairs:,} GPUs, a pair for each")
     samples = options.samples_per_epoch
     if samples is None:
         recipe, samples = without_epochs(recipe), 1
-    job = Job(recipe, cluster, options.caption_tokens, 1e3 * options.image_kb, samples, cluster.machine())
-    return job, absent, together
+    return Job(recipe, cluster, options.caption_tokens, 1e3 * options.image_kb, samples, cluster.machine()), faults
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
     """Raises ValueError for each option out of range."""
     faults = [
-        f"{_option(name)} {value:g}: must be above 0"
+        f"{_option(name)} {value:g}: must be above 0 and finite"
         for name in POSITIVE
         if (value := getattr(options, name)) is not None and not (value > 0 and math.isfinite(value))
     ]
     if options.mfu is not None and not 0 < options.mfu <= 1:
         faults.append(f"--mfu {options.mfu:g}: must be above 0 and at most 1 (0.3 is 30 %)")
-    if options.reserve_gib < 0:
-        faults.append(f"--reserve-gib {options.reserve_gib:g}: must not be negative")
-    gpu = None
+    if not (options.reserve_gib >= 0 and math.isfinite(options.reserve_gib)):
+        faults.append(f"--reserve-gib {options.reserve_gib:g}: must be 0 or more, and finite")
+    gpu, measured = None, None
     try:
         gpu = find_gpu(options.gpu)
     except ValueError as error:
         faults.append(str(error))
-    if (
-        gpu is not None
-        and options.network_gbit_per_node is None
-        and gpu.network_bits_per_s is None
-        and options.nodes > 1
-    ):
-        faults.append(
-            f"--network-gbit-per-node: must be given for several nodes of {gpu.name}, no usual network is known"
-        )
+    try:
+        measured = None if options.fit is None else read_fit(options.fit)
+    except ValueError as error:
+        faults.append(str(error))
     if faults or gpu is None:
         raise ValueError("\n".join(faults))
-    network = options.network_gbit_per_node
-    bits = 1e9 * network if network is not None else (gpu.network_bits_per_s or 0) * options.gpus_per_node
-    memory = usable_bytes(gpu, options.memory_gib, options.reserve_gib)
+    reserve = GIB * options.reserve_gib
+    memory = (gpu.memory_bytes if options.memory_gib is None else GIB * options.memory_gib) - reserve
     if memory <= 0:
         raise ValueError(f"--reserve-gib {options.reserve_gib:g}: leaves no memory")
+    mfu, mfu_source = gpu.mfu, f"{gpu.mfu_source}; cmpt's own is not measured on a GPU"
+    if measured is not None and measured.mfu is not None:
+        mfu, mfu_source = measured.mfu, f"measured on {measured.device}, {options.fit}"
+    if options.mfu is not None:
+        mfu, mfu_source = options.mfu, "given with --mfu"
     return Cluster(
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
         gpu=gpu,
-        mfu=gpu.mfu if options.mfu is None else options.mfu,
-        network_bytes_per_s=bits / 8 or gpu.link_bytes_per_s,
-        link_bytes_per_s=gpu.link_bytes_per_s if options.nvlink_gb_per_s is None else 1e9 * options.nvlink_gb_per_s,
+        mfu=mfu,
+        mfu_source=mfu_source,
+        inside=_inside(options, gpu, measured),
+        between=_between(options, gpu, measured),
         memory_bytes=memory,
+        reserve_bytes=reserve,
+        memory_given=options.memory_gib is not None,
         images_per_core=options.images_per_core,
         cores_per_gpu=options.cores_per_gpu,
-        storage_bytes_per_s=1e9 * (options.storage_gb_per_s or STORAGE_GB_PER_S),
-        storage_given=options.storage_gb_per_s is not None,
+        storage_bytes_per_s=1e9 * options.storage_gb_per_s,
         price_per_gpu_hour=options.price_per_gpu_hour,
     )
+
+
+def _inside(options: argparse.Namespace, gpu: Gpu, measured: Measured | None) -> KnownLink:
+    given = None if options.nvlink_gb_per_s is None else 1e9 * options.nvlink_gb_per_s
+    public = KnownLink(Link(LATENCY_INSIDE_S, gpu.link_bytes_per_s), "data sheet", "assumed")
+    found = None if measured is None else measured.inside
+    return _known(public, found, options.fit, given, "--nvlink-gb-per-s")
+
+
+def _between(options: argparse.Namespace, gpu: Gpu, measured: Measured | None) -> KnownLink:
+    """Of no use with one node. Raises ValueError where there are several and nothing is known of their network."""
+    given = None if options.network_gbit_per_node is None else 1e9 / 8 * options.network_gbit_per_node
+    found = None if measured is None else measured.between
+    if gpu.network_bits_per_s is None and given is None and found is None and options.nodes > 1:
+        told = f"must be given for several nodes of {gpu.name}, no usual network is known"
+        raise ValueError(f"--network-gbit-per-node: {told}")
+    bandwidth = (gpu.network_bits_per_s or math.inf) / 8 * options.gpus_per_node
+    public = KnownLink(Link(LATENCY_BETWEEN_S, bandwidth), "NVIDIA's DGX", "assumed")
+    return _known(public, found, options.fit, given, "--network-gbit-per-node")
+
+
+def _known(public: KnownLink, measured: Link | None, fit: str, given: float | None, option: str) -> KnownLink:
+    """The best of what is known of a link; `given`: its bytes per second."""
+    known = public if measured is None else KnownLink(measured, f"measured, {fit}", f"measured, {fit}")
+    if given is None:
+        return known
+    return KnownLink(Link(known.link.latency_s, given), f"given with {option}", known.latency_source)
 
 
 def with_known_sizes(recipe: Recipe) -> Recipe:
@@ -209,23 +250,21 @@ def without_epochs(recipe: Recipe) -> Recipe:
 def report(
     job: Job, memory: MemoryTable, found: Sequence[str], absent: Sequence[str], markdown: bool, command: str
 ) -> str:
-    gpu = job.cluster.gpu
-    source = gpu.mfu_source if job.cluster.mfu == gpu.mfu else "given"
+    cluster = job.cluster
     head = [
-        f"{job.recipe.run.name} on {job.cluster.nodes} x {job.cluster.gpus_per_node} {gpu.name}: "
-        f"{job.steps:,} steps, {job.hours:,.1f} hours, {job.hours * job.world_size:,.0f} GPU hours at MFU "
-        f"{job.cluster.mfu:g} ({source}; cmpt's own is not measured on a GPU); "
-        f"{memory.own.bytes / 2**30:.1f} GiB per GPU",
+        f"{job.recipe.run.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {job.steps:,} steps, "
+        f"{number(job.hours, 1)} hours, {number(job.hours * job.world_size)} GPU hours at MFU {cluster.mfu:.3g} "
+        f"({cluster.mfu_source}); {number(memory.own.bytes / GIB, 1)} GiB per GPU",
     ]
     if markdown:
         head.insert(0, f"    python {command}\n")
     parts = [table.markdown() if markdown else table.text() for table in tables(job, memory)]
     mark = "- " if markdown else "! "
-    parts.append(
-        "\n".join(["### Warnings\n" if markdown else "Warnings", *(mark + line for line in found or ["none"])])
-    )
+    lists = {"### Warnings" if markdown else "Warnings": found or ["none"]}
     if absent:
-        parts.append(f"Not at hand on this machine, so not checked: {len(absent)} of the recipe's files or packages.")
+        lists["Not at hand on this machine, so not checked:"] = absent
+    for title, lines in lists.items():
+        parts.append("\n".join([title, *([""] if markdown else []), *(mark + line for line in lines)]))
     return "\n\n".join(["\n".join(head), *parts])
 
 

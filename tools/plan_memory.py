@@ -47,7 +47,7 @@ PATCHES = "patches"
 _FEWEST = 4
 """Pairs that are counted; for what lies between two counts the line through them is never too low, as a most of several
 things that are linear each."""
-_STAGE_0_BUCKET = 500_000_000
+STAGE_0_BUCKET = 500_000_000
 """Elements that DeepSpeed flattens at a time at stage 0 (engine.py, buffered_allreduce_fallback)."""
 _DEFAULTS = {
     "stage3_max_reuse_distance": 10**9,
@@ -231,7 +231,7 @@ def _reduction(sharding: Sharding, at_once: bool) -> Iterator[tuple[str, dict[st
     stage, everything, limit = sharding.stage, sharding.elements, sharding.limit
     largest_shard = max(sharding.shards())
     if stage == 0:
-        flat = min(everything, _STAGE_0_BUCKET + sharding.largest) if sharding.world_size > 1 else 0
+        flat = min(everything, STAGE_0_BUCKET + sharding.largest) if sharding.world_size > 1 else 0
         yield "reduction", {GRADIENTS: FP32 * everything, BUCKETS: FP32 * flat}
         return
     flat, left = min(everything, limit), max(0, everything - limit)
@@ -268,10 +268,13 @@ class Largest:
     image_lengths: Callable[[int], Sequence[int]]
     text_lengths: Callable[[int], Sequence[int]]
     pairs: int
+    by_layer: bool = False
+    """Layers have parameter groups of their own (cmpt.engine.build.by_layer)."""
 
     def __post_init__(self) -> None:
         self.clip = meta_model(self.model, self.image_size, self.dtype, self.flash)
-        self.groups = [{name: p.numel() for name, p in group.items()} for group in parameter_groups(self.clip).values()]
+        groups = parameter_groups(self.clip, self.by_layer).values()
+        self.groups = [{name: p.numel() for name, p in group.items()} for group in groups]
         self._counted: dict[int, Passes] = {}
         self._losses: dict[tuple[int, int], float] = {}
 

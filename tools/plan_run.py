@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,18 +11,18 @@ from typing import Any
 
 import torch
 
-from cmpt.engine.build import COMPUTE_DTYPES, deepspeed_config
+from cmpt.engine.build import COMPUTE_DTYPES, by_layer, deepspeed_config
 from cmpt.engine.dry_run import LargestBatch, largest_batch
 from cmpt.engine.plan import Plan, PlannedPhase
 from cmpt.engine.traffic import recipe_bytes
 from cmpt.masking.fixed import kept_of
 from cmpt.masking.strategies import masking_at, most_kept
 from cmpt.models.flops import forward_flops, training_flops
-from cmpt.recipe import ResolvedPhase, phases
+from cmpt.recipe import ResolvedPhase, parse_duration, phases
 from cmpt.recipe.paths import expand_shards
 from cmpt.recipe.schema import Engine, Recipe
-from gpus import GIB, Gpu
-from plan_memory import FP32, INPUTS, PATCHES, Largest, Peak, Sharding
+from gpus import Gpu
+from plan_memory import FP32, INPUTS, PATCHES, STAGE_0_BUCKET, Largest, Peak, Sharding
 from step_model import Link, Machine, Work, step_terms
 
 LOADER_IMAGES_PER_CORE = 300.0
@@ -29,8 +31,18 @@ LATENCY_INSIDE_S, LATENCY_BETWEEN_S = 5e-6, 10e-6
 """Assumed, per round of a collective; tools/bench_collectives.py measures them."""
 ADAMW_BYTES = 7 * FP32
 """Per element: AdamW reads weight, gradient and two moments and writes all but the gradient."""
-CALLS = {"features": 2, "control": 1}
-"""Collectives of a step, whatever the stage."""
+FEATURE_CALLS, CONTROL_CALLS = 2, 2
+"""Of a step, whatever the stage: the gather of embeddings and of its gradient; the sum of counts (engine/counts.py, on
+GPUs through gloo) and that of the loss and the norms (engine/sharded.py)."""
+
+
+@dataclass(frozen=True)
+class KnownLink:
+    """A link, and where its figures come from."""
+
+    link: Link
+    bandwidth_source: str
+    latency_source: str
 
 
 @dataclass(frozen=True)
@@ -41,30 +53,37 @@ class Cluster:
     gpus_per_node: int
     gpu: Gpu
     mfu: float
-    network_bytes_per_s: float
-    """Of a node, one direction."""
-    link_bytes_per_s: float
+    mfu_source: str
+    inside: KnownLink
+    between: KnownLink
     memory_bytes: float
-    """Of a GPU that training may use."""
+    """Of a GPU that training may use: all of it but the reserve."""
+    reserve_bytes: float = 0.0
+    memory_given: bool = False
+    """Else it is the card's."""
     images_per_core: float = LOADER_IMAGES_PER_CORE
     cores_per_gpu: float | None = None
     """Of the node; None: not known."""
     storage_bytes_per_s: float = 2e9
-    storage_given: bool = False
-    """Else it is an assumption."""
     price_per_gpu_hour: float | None = None
+    assumed: frozenset[str] = frozenset()
+    """Options that were not given, so that their values are assumptions."""
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
 
+    def how(self, option: str) -> str:
+        """How the value of an option came about."""
+        return f"assumed; {option}" if option in self.assumed else f"given with {option}"
+
     def machine(self) -> Machine:
-        """From data sheets; nothing of a collective is hidden by compute."""
+        """Nothing of a collective is hidden by compute."""
         return Machine(
             flops_per_s=self.gpu.peak_bf16_flops * self.mfu,
             optimizer_elements_per_s=self.gpu.memory_bytes_per_s / ADAMW_BYTES,
-            inside=Link(LATENCY_INSIDE_S, self.link_bytes_per_s),
-            between=Link(LATENCY_BETWEEN_S, self.network_bytes_per_s),
+            inside=self.inside.link,
+            between=self.between.link,
         )
 
 
@@ -144,6 +163,7 @@ class Job:
             lambda pairs: [batch.kept] * pairs,
             lambda pairs: [batch.words] * pairs,
             self.pairs,
+            by_layer(recipe.optimizer),
         )
 
     @cached_property
@@ -179,14 +199,32 @@ class Job:
         """That the recipe's runs as: one process alone has stage 0."""
         return int(self.zero["stage"])
 
+    def sharding(self, stage: int) -> Sharding:
+        averaged = self.recipe.optimizer.ema_decay is not None
+        return Sharding(self.largest.groups, self.engine(stage), self.world_size, averaged, touched=False)
+
     def memory(self, stage: int, micro: int | None) -> Peak:
         """Of a GPU at another stage and micro-batch; of the largest batch."""
-        averaged = self.recipe.optimizer.ema_decay is not None
-        sharding = Sharding(self.largest.groups, self.engine(stage), self.world_size, averaged, touched=False)
-        return self.largest.peak(sharding, self.pairs, micro, self.inputs())
+        return self.largest.peak(self.sharding(stage), self.pairs, micro, self.inputs())
 
     def fits(self, peak: Peak) -> bool:
         return peak.bytes <= self.cluster.memory_bytes
+
+    def most_at_once(self, stage: int) -> int | None:
+        """The most pairs at once that fit; None: not even one does.
+
+        A batch goes in equal parts (engine/step.py), so a micro-batch stands for the pairs of a part: the fewest parts
+        that fit are looked for.
+        """
+        if self.fits(self.memory(stage, None)):
+            return self.pairs
+
+        def at_once(parts: int) -> int:
+            return -(-self.pairs // parts)
+
+        counts = range(2, self.pairs + 1)
+        found = bisect_left(counts, True, key=lambda parts: self.fits(self.memory(stage, at_once(parts))))
+        return at_once(counts[found]) if found < len(counts) else None
 
     def micro_batches(self) -> list[int | None]:
         """None and its halvings."""
@@ -211,9 +249,10 @@ class Job:
         return recipe_bytes(self.recipe, self.sizes, world, self.recipe.engine.batch_size, zero_stage=stage)
 
     def calls(self, stage: int) -> dict[str, float]:
-        buckets = -(-self.elements // self.recipe.engine.bucket_elements)
-        fetches = -(-self.elements // 50_000_000) if stage == 3 else len(self.sizes) if stage else 0
-        return {**CALLS, "gradients": buckets, "parameters": fetches}
+        """Collectives of a step, by kind."""
+        micro = self.recipe.engine.micro_batch_size
+        parts = -(-self.pairs // micro) if self.cached and micro else 1
+        return {"features": FEATURE_CALLS, "control": CONTROL_CALLS, **zero_calls(self.sharding(stage), parts)}
 
     @cached_property
     def cached(self) -> bool:
@@ -270,13 +309,60 @@ class Job:
 
     @property
     def checkpoint_steps(self) -> int:
-        return next((step for step in range(1, self.steps + 1) if self.plan.saves(step)), self.steps)
+        every = parse_duration(self.recipe.run.checkpoint_every)
+        return min(self.steps, every.steps(self.samples_per_epoch, self.recipe.engine.batch_size))
+
+    @property
+    def divides(self) -> bool:
+        """Every GPU has as many of the streams; else the run does not start (cmpt.recipe.check_recipe)."""
+        return self.recipe.data.streams % self.world_size == 0
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Of all nodes together."""
+        return self.fastest_images_per_s * self.image_bytes
+
+    @property
+    def cores_needed(self) -> float:
+        """Per GPU, where the CPU decodes."""
+        return self.fastest_images_per_s / self.world_size / self.cluster.images_per_core
+
+    @property
+    def cores_used(self) -> float:
+        """Per GPU: by the threads of its process, as far as the node has cores for them."""
+        return min(self.recipe.data.workers, self.cluster.cores_per_gpu or math.inf)
+
+    @property
+    def decodes_too_slowly(self) -> bool:
+        """Where the CPU decodes: with decode.backend "cpu", and with "auto" on nodes without DALI."""
+        return self.recipe.decode.backend != "dali" and self.cores_needed > self.cores_used
 
     @cached_property
     def shards(self) -> int | None:
         """How many the recipe names; None where wildcards match nothing here."""
         counts = [len(expand_shards(url)) for source in self.recipe.data.train for url in source.urls]
         return sum(counts) if counts and all(counts) else None
+
+
+def zero_calls(sharding: Sharding, parts: int) -> dict[str, float]:
+    """Collectives of DeepSpeed 0.19.8 in a steady step; `parts`: of gradient caching, 1 is off.
+
+    Stage 3 sums a norm for each parameter group; it gathers small parameters one by one after the step, the others a
+    prefetch bucket at a time. With gradient caching it does so twice for each part, and fetches every parameter by
+    itself in the backward pass.
+    """
+    groups, elements, stage = len(sharding.groups), sharding.elements, sharding.stage
+    if stage == 0:
+        return {"gradients": math.ceil(elements / STAGE_0_BUCKET), "parameters": 0}
+    buckets = math.ceil(elements / sharding.limit)
+    if stage < 3:
+        return {"gradients": buckets, "parameters": groups}
+    kept = sharding.zero["stage3_param_persistence_threshold"]
+    sizes = [size for group in sharding.groups for size in group.values()]
+    large = [size for size in sizes if size > kept]
+    fetches = math.ceil(sum(large) / max(1, sharding.zero["stage3_prefetch_bucket_size"]))
+    fetches = fetches if parts == 1 else parts * (2 * fetches + len(large))
+    return {"gradients": buckets + groups, "parameters": len(sizes) - len(large) + fetches}
 
 
 def mean_kept(phase: ResolvedPhase, side: int) -> float:
@@ -288,10 +374,6 @@ def mean_kept(phase: ResolvedPhase, side: int) -> float:
     if masking.strategy == "cluster":
         return patches * (1 - sum(ends) / 2)
     return sum(kept_of(patches, ratio) for ratio in ends) / 2
-
-
-def usable_bytes(gpu: Gpu, memory_gib: float | None, reserve_gib: float) -> float:
-    return (gpu.memory_bytes if memory_gib is None else memory_gib * GIB) - reserve_gib * GIB
 
 
 def nearest_counts(streams: int, wanted: int, gpus_per_node: int) -> Sequence[int]:

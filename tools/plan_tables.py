@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpus import GIB
 from plan_memory import Peak
-from plan_run import ADAMW_BYTES, LATENCY_BETWEEN_S, LATENCY_INSIDE_S, LOADER_IMAGES_PER_CORE, Job, PhasePlan
+from plan_run import ADAMW_BYTES, Job, KnownLink, PhasePlan
 from step_model import TERMS
 
 STAGES = (0, 1, 2, 3)
@@ -39,11 +40,14 @@ class MemoryTable:
 
     job: Job
     peaks: Mapping[tuple[int, int | None], Peak]
+    most_at_once: Mapping[int, int | None]
+    """By stage: the most pairs at once that fit."""
 
     @classmethod
     def of(cls, job: Job) -> MemoryTable:
         micros = {*job.micro_batches(), job.recipe.engine.micro_batch_size if job.cached else None}
-        return cls(job, {(stage, micro): job.memory(stage, micro) for stage in stages(job) for micro in micros})
+        peaks = {(stage, micro): job.memory(stage, micro) for stage in stages(job) for micro in micros}
+        return cls(job, peaks, {stage: job.most_at_once(stage) for stage in stages(job)})
 
     @property
     def own(self) -> Peak:
@@ -53,15 +57,6 @@ class MemoryTable:
     @property
     def micro(self) -> int | None:
         return self.job.recipe.engine.micro_batch_size if self.job.cached else None
-
-    def largest_micro(self, stage: int) -> int | None:
-        """The most pairs at once that fit; None: not even one."""
-        fitting = [
-            self.job.pairs if micro is None else micro
-            for (at, micro), peak in self.peaks.items()
-            if at == stage and self.job.fits(peak)
-        ]
-        return max(fitting, default=None)
 
 
 def stages(job: Job) -> Sequence[int]:
@@ -76,9 +71,13 @@ def work(job: Job) -> Table:
     recipe, cluster = job.recipe, job.cluster
     towers = ", ".join(f"{name} {size:,}" for name, size in job.parameters.items())
     rows = [
-        ["GPUs", f"{job.world_size:,}", f"{cluster.nodes} nodes of {cluster.gpus_per_node} {cluster.gpu.name}"],
+        [
+            "GPUs",
+            f"{job.world_size:,}",
+            f"{counted(cluster.nodes, 'node')} of {cluster.gpus_per_node} {cluster.gpu.name}",
+        ],
         ["parameters", f"{job.elements:,}", f"computed from the model on the meta device: {towers}"],
-        ["global batch", f"{recipe.engine.batch_size:,}", f"engine.batch_size; {job.pairs:,} pairs per GPU"],
+        ["global batch", f"{recipe.engine.batch_size:,}", f"engine.batch_size; {counted(job.pairs, 'pair')} per GPU"],
     ]
     for phase in job.phase_plans:
         name = phase.planned.phase.name
@@ -92,14 +91,14 @@ def work(job: Job) -> Table:
             [
                 f"{name}: text tokens",
                 f"{phase.words:g}",
-                "assumed mean of captions (--caption-tokens), cut as the recipe says",
+                f"mean of captions ({cluster.how('--caption-tokens')}), cut as the recipe says",
             ],
             [
                 f"{name}: forward",
-                f"{phase.forward_flops / 1e9:.2f} GFLOP/pair",
+                f"{number(phase.forward_flops / 1e9, 2)} GFLOP/pair",
                 "computed, cmpt.models.flops.forward_flops",
             ],
-            [f"{name}: training", f"{phase.flops / 1e9:.2f} GFLOP/pair", _training_how(job)],
+            [f"{name}: training", f"{number(phase.flops / 1e9, 2)} GFLOP/pair", _training_how(job)],
             [f"{name}: in all", f"{phase.flops * phase.steps * phase.planned.batch_size:.3g} FLOP", "times its pairs"],
         ]
     total = sum(phase.flops * phase.steps * phase.planned.batch_size for phase in job.phase_plans)
@@ -122,14 +121,15 @@ def memory_tables(job: Job, memory: MemoryTable) -> list[Table]:
             _gib(memory.peaks[stage, micro].bytes) + ("" if job.fits(memory.peaks[stage, micro]) else " ✗")
             for micro in micros
         ]
-        largest = memory.largest_micro(stage)
+        largest = memory.most_at_once[stage]
         rows.append([str(stage), *cells, "none" if largest is None else f"{largest:,}"])
     names = ["all, " + f"{job.pairs:,}" if micro is None else f"{micro:,}" for micro in micros]
     title = "Memory per GPU in GiB, by ZeRO stage and pairs at once (engine.micro_batch_size)"
+    card = "what the driver reports for the card (public, not read here)"
     notes = [
         f"Largest batch: {batch}, as the dry run before the first step tries it. ✗: more than {_gib(limit)} GiB, which "
-        "is what the driver reports for the card (public, not read here) less --reserve-gib for CUDA's context, NCCL "
-        "and cuBLAS (assumed).",
+        f"is {'--memory-gib' if job.cluster.memory_given else card}, less {_gib(job.cluster.reserve_bytes)} GiB for "
+        f"CUDA's context, NCCL and cuBLAS ({job.cluster.how('--reserve-gib')}).",
         "Computed: parameters, optimizer and buckets by DeepSpeed 0.19.8's arithmetic, activations counted on the meta "
         "device. Tested within 10 % of the resident memory of runs on a CPU; on a GPU not measured.",
     ]
@@ -140,7 +140,7 @@ def memory_tables(job: Job, memory: MemoryTable) -> list[Table]:
     body += [["in all", *(_gib(peak.bytes) for peak in columns)], ["at its most in", *(peak.when for peak in columns)]]
     if any(peak.host for peak in columns):
         body.append(["host memory, optimizer", *(_gib(sum(peak.host.values())) for peak in columns)])
-    at_once = f"{memory.micro or job.pairs:,} pairs at once"
+    at_once = f"{counted(memory.micro or job.pairs, 'pair')} at once"
     second = Table(f"Memory by part, {at_once}", ["GiB", *(f"stage {stage}" for stage in stages(job))], body)
     return [first, second]
 
@@ -148,76 +148,69 @@ def memory_tables(job: Job, memory: MemoryTable) -> list[Table]:
 def time(job: Job) -> Table:
     plans, cluster = job.phase_plans, job.cluster
     peak, bandwidth = cluster.gpu.peak_bf16_flops / 1e12, cluster.gpu.memory_bytes_per_s / 1e12
-    rows = [[f"{term}, s per step", *(f"{phase.terms[term]:.3f}" for phase in plans), ""] for term in TERMS]
+    hours, price = job.hours * job.world_size, cluster.price_per_gpu_hour
     hows = {
-        "compute": f"tower FLOPs of a GPU / ({peak:g} TFLOP/s bf16 (data sheet) x MFU {cluster.mfu:g})",
+        "compute": f"tower FLOPs of a GPU / ({peak:g} TFLOP/s bf16 (data sheet) x MFU {cluster.mfu:.3g})",
         "loss": "FLOPs of a GPU's rows of logits / the same",
         "optimizer": f"stepped elements x {ADAMW_BYTES} bytes / {bandwidth:g} TB/s (data sheet)",
         "features": "bytes below / link, and latency; nothing is taken as hidden by compute",
         "stragglers": "not in the plan: a fitted machine has them",
         "data": "none, if the loader keeps up (below)",
     }
-    for row, term in zip(rows, TERMS, strict=True):
-        row[-1] = hows.get(term, "as features")
+    rows: list[list[str]] = []
 
-    def each(title: str, show: Any, how: str) -> None:
+    def each(title: str, show: Callable[[PhasePlan], str], how: str) -> None:
         rows.append([title, *(show(phase) for phase in plans), how])
 
-    each("step, s", lambda p: f"{p.step_s:.3f}", "sum")
-    each("images/s", lambda p: f"{p.images_per_s:,.0f}", "global batch / step")
-    each("images/s and GPU", lambda p: f"{p.images_per_s / job.world_size:,.0f}", "")
+    for term in TERMS:
+        each(term, lambda p, term=term: duration(p.terms[term]), hows.get(term, "as features"))  # type: ignore[misc]
+    each("step", lambda p: duration(p.step_s), "sum of these")
+    each("images/s", lambda p: number(p.images_per_s), "global batch / step")
+    each("images/s and GPU", lambda p: number(p.images_per_s / job.world_size), "")
     each("steps", lambda p: f"{p.steps:,}", "duration / global batch, rounded up")
-    each(
-        "hours",
-        lambda p: f"{p.hours:,.1f}",
-        f"{job.hours:,.1f} in all; evaluations, checkpoints and restarts are extra",
-    )
-    hours = job.hours * job.world_size
-    each("GPU hours", lambda p: f"{p.hours * job.world_size:,.0f}", f"{hours:,.0f} in all")
-    price = cluster.price_per_gpu_hour
+    whole = f"{number(job.hours, 1)} in all; evaluations, checkpoints and restarts are extra"
+    each("hours", lambda p: number(p.hours, 1), whole)
+    each("GPU hours", lambda p: number(p.hours * job.world_size), f"{number(hours)} in all")
     if price is not None:
-        each(
-            "cost",
-            lambda p: f"{_cost(job, p, price):,.0f}",
-            f"at {price:g} per GPU hour (given); {hours * price:,.0f} in all",
-        )
-    notes = [
-        f"Latency: {LATENCY_INSIDE_S * 1e6:g} µs per round inside of a node, {LATENCY_BETWEEN_S * 1e6:g} µs between "
-        f"nodes, assumed. Links at their data sheet's rate: {cluster.link_bytes_per_s / 1e9:g} GB/s per GPU inside, "
-        f"{cluster.network_bytes_per_s * 8 / 1e9:g} Gbit/s per node.",
-        "MFU is others' figure or given with --mfu; cmpt's own is not measured on a GPU.",
-    ]
-    return Table("Time", ["", *(phase.planned.phase.name for phase in plans), "how"], rows, notes)
+        whole = f"at {price:g} per GPU hour (given with --price-per-gpu-hour); {number(hours * price)} in all"
+        each("cost", lambda p: number(p.hours * job.world_size * price), whole)
+    links = f"Link inside of a node: {_link(cluster.inside, 1e9, 'GB/s per GPU')}."
+    if cluster.nodes > 1:
+        links += f" Between nodes: {_link(cluster.between, 1e9 / 8, 'Gbit/s per node')}."
+    notes = [f"MFU: {cluster.mfu_source}.", *([links] if job.world_size > 1 else [])]
+    return Table("Time of a step, and of the run", ["", *(p.planned.phase.name for p in plans), "how"], rows, notes)
 
 
-def _cost(job: Job, phase: PhasePlan, price: float) -> float:
-    return phase.hours * job.world_size * price
+def _link(known: KnownLink, unit_bytes: float, unit: str) -> str:
+    bandwidth = f"{number(known.link.bytes_per_s / unit_bytes)} {unit} ({known.bandwidth_source})"
+    return f"{bandwidth}, {1e6 * known.link.latency_s:.3g} µs per round of a collective ({known.latency_source})"
 
 
 def data(job: Job) -> Table:
-    cluster, rate = job.cluster, job.fastest_images_per_s
-    per_gpu, per_node = rate / job.world_size, rate / cluster.nodes
-    measured = cluster.images_per_core == LOADER_IMAGES_PER_CORE
-    source = "measured, bench_loader.py: 512 x 384 JPEG, CPU backend, a core of an Intel Xeon" if measured else "given"
+    cluster, rate, backend = job.cluster, job.fastest_images_per_s, job.recipe.decode.backend
+    per_core = cluster.how("--images-per-core")
+    if "--images-per-core" in cluster.assumed:
+        per_core = "measured, bench_loader.py: 512 x 384 JPEG, CPU backend, a core of an Intel Xeon"
+    of_dali = {
+        "auto": "none where NVIDIA DALI is installed (decode.backend=auto): there the GPU decodes; not measured",
+        "dali": "none with decode.backend=dali: the GPU decodes; not measured",
+        "cpu": "with decode.backend=dali the GPU decodes; not measured",
+    }
     rows = [
-        ["images/s per GPU", f"{per_gpu:,.0f}", "of the fastest phase"],
-        ["images/s per node", f"{per_node:,.0f}", ""],
+        ["images/s per GPU", number(rate / job.world_size), "of the fastest phase"],
+        ["images/s per node", number(rate / cluster.nodes), ""],
         [
             "read per node",
-            f"{per_node * job.image_bytes / 1e9:.2f} GB/s",
-            f"{job.image_bytes / 1e3:g} kB per image (--image-kb, assumed)",
+            f"{number(job.read_bytes_per_s / cluster.nodes / 1e9, 2)} GB/s",
+            f"{job.image_bytes / 1e3:g} kB per image ({cluster.how('--image-kb')})",
         ],
-        ["read in all", f"{rate * job.image_bytes / 1e9:.2f} GB/s", ""],
+        ["read in all", f"{number(job.read_bytes_per_s / 1e9, 2)} GB/s", ""],
         [
-            "cores per GPU",
-            f"{per_gpu / cluster.images_per_core:.1f}",
-            f"{cluster.images_per_core:g} images/s and core: {source}",
+            "cores per GPU, to decode on the CPU",
+            number(job.cores_needed, 1),
+            f"{cluster.images_per_core:g} images/s and core ({per_core}); {of_dali[backend]}",
         ],
-        [
-            "cores per node",
-            f"{per_node / cluster.images_per_core:.0f}",
-            "with decode.backend=dali the GPU decodes; not measured",
-        ],
+        ["cores per node", number(job.cores_needed * cluster.gpus_per_node), "the same of all its GPUs"],
     ]
     return Table("Data", ["", "", "how"], rows)
 
@@ -237,27 +230,29 @@ def network(job: Job) -> Table:
 
 def checkpoints(job: Job) -> Table:
     cluster, size = job.cluster, job.checkpoint_bytes
-    share = size / job.world_size
-    every_s = checkpoint_seconds(job)
-    storage = "given" if cluster.storage_given else "assumed; --storage-gb-per-s"
     rows = [
         [
             "size",
-            f"{size / 1e9:.2f} GB",
-            "computed: fp32 weights, two moments" + (", average" if job.recipe.optimizer.ema_decay else ""),
+            f"{number(size / 1e9, 2)} GB",
+            "computed: fp32 weights, two moments" + (", average" if job.recipe.optimizer.ema_decay is not None else ""),
         ],
-        ["per GPU", f"{share / 1e9:.3f} GB", "each writes its share, at every ZeRO stage"],
+        ["per GPU", f"{number(size / job.world_size / 1e9, 2)} GB", "each writes its share, at every ZeRO stage"],
         [
             "stall",
-            f"{stall_seconds(job):.3f} s",
+            duration(stall_seconds(job)),
             f"copy to the host at PCIe's {cluster.gpu.host_bytes_per_s / 1e9:g} GB/s (data sheet; assumed reached)",
         ],
         [
             "write",
-            f"{write_seconds(job):.1f} s",
-            f"beside training, at {cluster.storage_bytes_per_s / 1e9:g} GB/s of storage ({storage})",
+            duration(write_seconds(job)),
+            f"beside training, at {cluster.storage_bytes_per_s / 1e9:g} GB/s of storage "
+            f"({cluster.how('--storage-gb-per-s')})",
         ],
-        ["interval", f"{every_s / 60:.1f} min", f"run.checkpoint_every: {job.checkpoint_steps:,} steps"],
+        [
+            "interval",
+            duration(checkpoint_seconds(job)),
+            f"run.checkpoint_every: {counted(job.checkpoint_steps, 'step')} of the first phase",
+        ],
     ]
     return Table("Checkpoints", ["", "", "how"], rows)
 
@@ -271,7 +266,7 @@ def write_seconds(job: Job) -> float:
 
 
 def checkpoint_seconds(job: Job) -> float:
-    """Between two checkpoints."""
+    """Between two checkpoints of the first phase."""
     return job.checkpoint_steps * job.phase_plans[0].step_s
 
 
@@ -310,6 +305,7 @@ def as_json(job: Job, memory: MemoryTable, warnings: Sequence[str]) -> dict[str,
             }
             for (stage, micro), peak in memory.peaks.items()
         ],
+        "most_pairs_at_once": {str(stage): most for stage, most in memory.most_at_once.items()},
         "memory_limit_bytes": job.cluster.memory_bytes,
         "sent_bytes": {str(stage): job.sent_bytes(stage) for stage in stages(job)},
         "checkpoint_bytes": job.checkpoint_bytes,
@@ -319,9 +315,34 @@ def as_json(job: Job, memory: MemoryTable, warnings: Sequence[str]) -> dict[str,
     }
 
 
+def number(value: float, decimals: int = 0) -> str:
+    """With so many decimals, or with more for three digits that say something; "0" is nothing at all."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(decimals, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits of a unit that suits."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= (2 if size > 1 else 1) * size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds * 1e6)} µs" if seconds else "0"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _column(value: float, decimals: int) -> str:
+    """As many decimals in every row; what they do not show is no zero."""
+    least = 10.0**-decimals
+    return "0" if value == 0 else f"< {least:g}" if value < least / 2 else f"{value:,.{decimals}f}"
+
+
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+    return _column(size / GIB, 2)
 
 
 def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f}"
+    return _column(size / 2**20, 1)

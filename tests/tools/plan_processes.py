@@ -1,10 +1,11 @@
-"""Real training steps for test_plan_memory.py: what the planner says of their memory, and what the process really took.
+"""Real training steps for the tests of plan.py: what is planned of them, and what really was.
 
-    [torchrun --nproc-per-node W] tests/tools/plan_processes.py CASE       (JSON)
+    [torchrun --nproc-per-node W] tests/tools/plan_processes.py CASE       memory; CASE is JSON
+    torchrun --nproc-per-node W tests/tools/plan_processes.py --calls CASES     collectives; CASES is a list
     python tests/tools/plan_processes.py --train CASE                       what is planned of cmpt/train.py
 
 CASE: preset, layers, image_size, vocabulary, pairs (per rank), kept, words, equal (lengths), stage, checkpointing,
-micro, precision, loss, ema, bucket.
+micro, precision, loss, ema, bucket, zero (a section of DeepSpeed's).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import json
 import os
 import resource
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
@@ -23,13 +28,15 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 import torch  # noqa: E402
 
 from cmpt.batch import PackedPatches, PackedText  # noqa: E402
-from cmpt.dist import process_group  # noqa: E402
+from cmpt.dist import process_group, traffic  # noqa: E402
 from cmpt.engine.build import COMPUTE_DTYPES, build  # noqa: E402
 from cmpt.engine.step import find_gradient, take_step  # noqa: E402
+from cmpt.engine.traffic import count_deepspeed  # noqa: E402
 from cmpt.models.clip import CLIP  # noqa: E402
 from cmpt.recipe.presets import PRESETS  # noqa: E402
 from cmpt.recipe.schema import Engine, Loss, Model, Optimizer  # noqa: E402
 from plan_memory import FP32, INPUTS, PATCHES, WEIGHTS, Largest, Sharding  # noqa: E402
+from plan_run import zero_calls  # noqa: E402
 
 STEPS = 3  # ZeRO 3 records the order of the modules in the first two
 
@@ -67,7 +74,7 @@ def batch_of(case: dict[str, Any], model: Model) -> tuple[PackedPatches, PackedT
     return PackedPatches(patches_TP, places, kept, order_B, (side, side)), PackedText(ids_U, positions, words, order_B)
 
 
-def planned(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+def largest_of(case: dict[str, Any], world_size: int) -> tuple[Largest, Sharding]:
     model, settings = model_of(case), engine_of(case, world_size)
     equal, side = case.get("equal", True), case["image_size"] // (model.patch_size or 1)
     largest = Largest(
@@ -81,8 +88,12 @@ def planned(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         lambda pairs: lengths_of(case["words"], pairs, equal),
         case["pairs"],
     )
-    sharding = Sharding(largest.groups, settings, world_size, bool(case.get("ema")), touched=True)
-    patches = FP32 * case["pairs"] * case["kept"] * 3 * (model.patch_size or 1) ** 2
+    return largest, Sharding(largest.groups, settings, world_size, bool(case.get("ema")), touched=True)
+
+
+def planned(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    largest, sharding = largest_of(case, world_size)
+    patches = FP32 * case["pairs"] * case["kept"] * 3 * (largest.model.patch_size or 1) ** 2
     peak = largest.peak(sharding, case["pairs"], case.get("micro"), {PATCHES: patches})
     return {"bytes": peak.bytes, "when": peak.when, "parts": {**peak.parts}, "batch": peak.parts[INPUTS]}
 
@@ -95,6 +106,7 @@ def engine_of(case: dict[str, Any], world_size: int) -> Engine:
         zero_stage=case["stage"],
     )
     settings.bucket_elements = case.get("bucket", settings.bucket_elements)
+    settings.deepspeed = {"zero_optimization": case["zero"]} if "zero" in case else {}
     return settings
 
 
@@ -105,21 +117,41 @@ def resident_bytes() -> int:
 def measured(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     """Most resident memory of a few steps, above that of the process just before the model was made."""
     small = {**case, "preset": "tiny-8", "image_size": 32, "pairs": 4, "kept": 8, "words": 8}
-    train(small, world_size)  # libraries take what they take once
+    list(train(small, world_size))  # libraries take what they take once
     before = resident_bytes()
-    train(case, world_size)
+    list(train(case, world_size))
     return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, "before": before}
 
 
-def train(case: dict[str, Any], world_size: int) -> None:
+def train(case: dict[str, Any], world_size: int) -> Iterator[int]:
+    """A few steps, one at a time."""
     model = model_of(case)
     clip = CLIP(model, case["image_size"])
     optimizer = Optimizer(ema_decay=case.get("ema"))
     trained = build(clip, engine_of(case, world_size), optimizer, world_size, torch.device("cpu"))
+    count_deepspeed()
     images, text = batch_of(case, model)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         result = find_gradient(trained, images, text, None, Loss(kind=case.get("loss", "infonce")), case.get("micro"))
         take_step(trained, result, 1e-4, None)
+        yield step
+
+
+def collectives(case: dict[str, Any], world_size: int) -> dict[str, dict[str, float]]:
+    """Of the last step, by kind."""
+    calls: Counter[str] = Counter()
+    real, last = traffic.collective, {}
+
+    def counting(kind: str, sent_bytes: int) -> AbstractContextManager[None]:
+        calls[kind] += 1
+        return real(kind, sent_bytes)
+
+    with mock.patch.object(traffic, "collective", counting):
+        for _ in train(case, world_size):
+            last = dict(calls)
+            calls.clear()
+    parts = -(-case["pairs"] // case.get("micro", case["pairs"]))
+    return {"planned": zero_calls(largest_of(case, world_size)[1], parts), "counted": last}
 
 
 def planned_of_training(case: dict[str, Any]) -> float:
@@ -134,11 +166,15 @@ def main() -> None:
     if sys.argv[1] == "--train":
         print(planned_of_training(json.loads(sys.argv[2])), flush=True)
         return
-    case = json.loads(sys.argv[1])
     rank, world_size, _ = process_group.start()
-    real = measured(case, rank, world_size)
+    if sys.argv[1] == "--calls":
+        result: Any = [collectives(case, world_size) for case in json.loads(sys.argv[2])]
+    else:
+        case = json.loads(sys.argv[1])
+        real = measured(case, rank, world_size)
+        result = {"planned": planned(case, world_size), "measured": real} if rank == 0 else None
     if rank == 0:
-        print("RESULT " + json.dumps({"planned": planned(case, world_size), "measured": real}), flush=True)
+        print("RESULT " + json.dumps(result), flush=True)
     process_group.stop()
 
 

@@ -12,6 +12,7 @@ from cmpt.models.clip import CLIP, parameter_groups
 from cmpt.recipe.schema import Engine, Loss, Model, Text, Vision
 from plan_activations import LiveBytes, loss_bytes, meta_model, packed, total, tower_passes
 from plan_memory import Largest, Sharding
+from plan_run import CONTROL_CALLS, FEATURE_CALLS
 
 # Memory that is given back is to leave the process at once, so that what is resident is what is allocated.
 ALLOCATOR = {
@@ -41,8 +42,8 @@ MODEL = Model(
 )
 
 
-def found(run_cli: RunCli, world: int, case: dict[str, Any]) -> dict[str, Any]:
-    script = ["tests/tools/plan_processes.py", json.dumps(case)]
+def found(run_cli: RunCli, world: int, *arguments: str) -> Any:
+    script = ["tests/tools/plan_processes.py", *arguments]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(unused_port())]
     ended = run_cli(["python", *(launcher if world > 1 else []), *script], env=ALLOCATOR, timeout=900)
     assert ended.returncode == 0, ended.stderr
@@ -83,10 +84,27 @@ def found(run_cli: RunCli, world: int, case: dict[str, Any]) -> dict[str, Any]:
 )
 def test_planned_memory_is_that_of_a_run(run_cli: RunCli, world: int, case: dict[str, Any]) -> None:
     """The most resident memory of training steps, above that of the process before the model was made."""
-    result = found(run_cli, world, case)
+    result = found(run_cli, world, json.dumps(case))
     planned, measured = result["planned"], result["measured"]["bytes"]
     assert measured > 300 * 2**20, "too little for the noise of a process"
     assert planned["bytes"] == pytest.approx(measured, rel=WITHIN), planned
+
+
+@pytest.mark.multiprocess
+def test_planned_collectives_are_those_of_a_step(run_cli: RunCli) -> None:
+    """Every ZeRO stage, smaller buckets, and gradient caching; control: the training loop has one more."""
+    small = {**SHORT, "layers": 3, "image_size": 64, "vocabulary": 2000, "pairs": 4, "kept": 8, "words": 8}
+    zero: list[dict[str, Any]] = [{"stage3_prefetch_bucket_size": 2_000_000}, {"stage3_param_persistence_threshold": 0}]
+    cases = [{"stage": stage} for stage in (0, 1, 2, 3)] + [
+        {"stage": stage, "bucket": 2_000_000} for stage in (1, 2, 3)
+    ]
+    cases += [{"stage": 3, "zero": section} for section in zero] + [{"stage": 3, "micro": micro} for micro in (1, 2)]
+    results = found(run_cli, 2, "--calls", json.dumps([small | case for case in cases]))
+    for case, result in zip(cases, results, strict=True):
+        counted = result["counted"]
+        assert counted.pop("features") == FEATURE_CALLS and counted.pop("control") == CONTROL_CALLS - 1
+        for kind, calls in result["planned"].items():
+            assert counted.get(kind, 0) == pytest.approx(calls, abs=1), (case, result)
 
 
 def test_live_bytes_are_those_of_tensors_that_are_alive() -> None:
