@@ -1,4 +1,4 @@
-"""What a scaling study measured, for a plan: MFU and links, of the fit.json that scaling_report.py writes."""
+"""What a scaling study measured, for a plan: MFU and links, of the fit.json of tools/scaling.py."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from plan_run import Job, nearest_counts
 from plan_tables import MemoryTable, as_json, duration, number, tables
 from plan_warnings import warnings
 from scaling_fit import NO_LINK, Fit, Sample
-from scaling_report import Report, write_json
+from scaling_report import Report
+from scaling_text import write_json
 from step_model import COMMUNICATION, TERMS, Link, Work
 
 SMALL = [
@@ -346,7 +347,7 @@ def test_no_time_that_is_not_zero_is_printed_as_zero() -> None:
 
 
 def fit_file(path: Path, **changes: Any) -> str:
-    """Of a study, as tools/scaling_report.py writes it; the keys that a plan reads, and one that it does not."""
+    """Of a study, as tools/scaling.py writes it; the keys that a plan reads, and one that it does not."""
     told = {
         "points": 6,
         "device": "NVIDIA H100 80GB HBM3",
@@ -388,7 +389,7 @@ def test_what_a_study_writes_can_be_read(tmp_path: Path) -> None:
     terms = {**dict.fromkeys(TERMS, 0.0), "compute": 0.1}
     record = {"device": "NVIDIA H100 80GB HBM3"}
     sample = Sample("weak", record, 1, Work(8, 8, 256, 2e13, 0, 1, {}, {}), terms, 0.1)
-    report = Report(None, [], [sample], fitted, {}, {}, [], {})  # type: ignore[arg-type]
+    report = Report(None, [], [sample], fitted, {}, {}, [], {}, 0)  # type: ignore[arg-type]
     write_json(report, tmp_path / "fit.json")
     measured = read_fit(str(tmp_path / "fit.json"))
     assert measured.mfu == pytest.approx(2e13 / 0.1 / peak_flops(record["device"]))
