@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 HOUR_S, DAY_S = 3600.0, 86400.0
@@ -13,6 +14,10 @@ _HOPELESS = 5.0
 """Times the fault-free time from which on a run is said never to end."""
 _MOST = 1_000_000
 """Faults over all trials of an interval."""
+_FINEST = 1.05
+"""From one interval to the next, where the search for the best one ends."""
+ALIKE = 0.001
+"""Shares of the time that differ by less are as good: for the range of intervals beside the best one."""
 LOST = ("recomputed", "stalls", "restarts", "waiting for hosts", "fewer hosts", "stragglers")
 
 
@@ -48,6 +53,12 @@ class Faults:
         """Of all nodes together."""
         return self.node_mtbf_s / self.nodes
 
+    @property
+    def shortest_interval_s(self) -> float:
+        """Useful seconds between checkpoints worth a try: none is due while the one before is still being written, for
+        the engine would leave it out, and training takes no less time than holding it up."""
+        return max(1.0, self.stall_s, self.write_s - self.stall_s)
+
 
 @dataclass
 class Played:
@@ -75,7 +86,8 @@ def daly_interval_s(stall_s: float, mtbf_s: float) -> float:
 
 def daly_wall_s(faults: Faults, interval_s: float) -> float:
     """Expected wall seconds: M e^(R/M) (e^((tau + C)/M) - 1) T / tau (Daly 2006, section 3); without faults, T and
-    its stalls."""
+    its stalls. An interval that is longer than the run is as long as the run."""
+    interval_s = min(interval_s, faults.work_s)
     mtbf, period = faults.mtbf_s, interval_s + faults.stall_s
     if math.isinf(mtbf):
         return faults.work_s * period / interval_s
@@ -92,19 +104,20 @@ def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
                          f"{interval_s:g} s: this run would never end")  # fmt: skip
     run, saved = Played(), 0.0
     up_s = _uptime(faults, draw)
-    absent_s = 0.0  # until the lost node is back, with "fewer"
+    absent_s = 0.0  # from the restart until the lost node is back, with "fewer"
     run.course.append((0.0, 0.0))
     while True:
         slower = _slowdown(faults, up_s, draw)
         # Until the node is back the run is as fast as fewer hosts are; then it restarts with a checkpoint.
         returns = 0.0 < absent_s < up_s
-        speed = (faults.share_meanwhile if absent_s > 0 else 1.0) / slower
+        share = faults.share_meanwhile if absent_s > 0 else 1.0
+        speed = share / slower
         length_s = absent_s if returns else up_s
         done, kept, stalls, took_s = _segment(faults, interval_s, faults.work_s - saved, length_s, speed)
         run.wall_s += took_s
         run.lost_s["stalls"] += stalls
-        over_s = took_s - stalls - done
-        run.lost_s["fewer hosts" if absent_s > 0 else "stragglers"] += over_s
+        run.lost_s["fewer hosts"] += done / share - done
+        run.lost_s["stragglers"] += (slower - 1) * done / share
         run.course.append((run.wall_s, saved + done))
         if saved + done >= faults.work_s * (1 - 1e-12):
             return run
@@ -120,7 +133,7 @@ def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
             run.lost_s["recomputed"] += done - kept
             saved += kept
         run.faults += 1
-        absent_s = faults.repair_s if faults.when_lost == "fewer" else 0.0
+        absent_s = max(0.0, faults.repair_s - faults.restart_s) if faults.when_lost == "fewer" else 0.0
         up_s = _come_back(faults, run, draw)
         run.course.append((run.wall_s, saved))
 
@@ -179,10 +192,11 @@ def trials(faults: Faults, interval_s: float, count: int, seed: int) -> list[Pla
     """The same faults for every interval that is compared: each trial has its own generator. Raises ValueError where
     the run would never end, or where its faults are too many to play."""
     wall_s = daly_wall_s(faults, interval_s)
-    if math.isfinite(faults.mtbf_s) and wall_s <= _HOPELESS * faults.work_s and wall_s / faults.mtbf_s * count > _MOST:
-        expected = wall_s / faults.mtbf_s
+    expected = wall_s / faults.mtbf_s
+    if wall_s <= _HOPELESS * faults.work_s and expected * count > _MOST:
+        fewer = f"--trials {int(_MOST / expected)} or fewer" if expected < _MOST else "fewer days or nodes"
         raise ValueError(
-            f"--trials {count}: with {expected:,.0f} faults each, expected {_MOST / expected:,.0f} or fewer"
+            f"--trials {count}: a run meets {expected:,.0f} faults, and {_MOST:,} are played at most; give {fewer}"
         )
     return [play(faults, interval_s, random.Random(f"{seed} {trial}")) for trial in range(count)]
 
@@ -193,7 +207,43 @@ def effective(faults: Faults, runs: Sequence[Played]) -> tuple[float, float]:
     return statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else 0.0
 
 
-def grid(faults: Faults) -> list[float]:
-    """Intervals to compare: a factor 16 around Young's, never below the stall."""
-    middle = young_interval_s(max(faults.stall_s, 0.1), min(faults.mtbf_s, faults.work_s))
-    return [max(faults.stall_s, middle * 2 ** (power / 2)) for power in range(-8, 9)]
+def search(useful: Callable[[float], float | None], low: float, high: float) -> dict[float, float]:
+    """By interval: the useful share of every interval that was tried on the way to the best one.
+
+    `useful` gives it, or None for an interval that cannot be played. Intervals are tried from `low` to `high`, each
+    twice the one before, then nearer and nearer to the best. The closed forms have no part in it.
+    """
+    tried: dict[float, float | None] = {}
+    for power in range(math.ceil(math.log2(max(1.0, high / low)))):
+        tried[low * 2**power] = useful(low * 2**power)
+    tried[high] = useful(high)
+    step = 2.0
+    while step > _FINEST and (found := _known(tried)):
+        best = max(found, key=lambda interval: found[interval])
+        near = [min(max(interval, low), high) for interval in (best / step, best * step)]
+        new = [interval for interval in near if not any(math.isclose(interval, old, rel_tol=0.01) for old in tried)]
+        tried |= {interval: useful(interval) for interval in new}
+        if max(_known(tried), key=lambda interval: tried[interval] or 0.0) == best:
+            step = math.sqrt(step)
+    return dict(sorted(_known(tried).items()))
+
+
+def _known(tried: Mapping[float, float | None]) -> dict[float, float]:
+    return {interval: share for interval, share in tried.items() if share is not None}
+
+
+def as_good(shares: Mapping[float, float]) -> tuple[float, float]:
+    """The range around the best of these intervals in which the share is less than ALIKE below its own; between two
+    intervals that were tried, on the line through them over log(interval)."""
+    tried = sorted(shares)
+    best = tried.index(max(tried, key=lambda interval: shares[interval]))
+    least = shares[tried[best]] - ALIKE
+
+    def end(outwards: Sequence[float]) -> float:
+        for inner, outer in itertools.pairwise(outwards):
+            if shares[outer] < least:
+                part = (shares[inner] - least) / (shares[inner] - shares[outer])
+                return inner * (outer / inner) ** part
+        return outwards[-1]
+
+    return end(tried[best::-1]), end(tried[best:])

@@ -5,20 +5,26 @@
 
 The time between faults is exponential, with the mean of one node divided by the nodes; faults also come while the run
 restarts. A step waits `--stall` seconds for a checkpoint, which can be used `--write` seconds after it was begun; a
-fault before that falls back to the one before. All defaults are assumed; --run takes stall and write time from
-a run's own records. The closed forms beside it (Young 1974, doi 10.1145/361147.361115; Daly 2006,
-doi 10.1016/j.future.2004.11.016) hold for spares, no stragglers, and checkpoints that are usable when the step goes on.
+fault before that falls back to the one before, and no other is begun meanwhile. All defaults are assumed; --run takes
+stall and write time from a run's own records.
+
+Intervals are tried from the shortest that --write allows to the whole run, and nearer and nearer to the best, each with
+the same faults. The closed forms beside it (Young 1974, doi 10.1145/361147.361115; Daly 2006, doi
+10.1016/j.future.2004.11.016) have no part in that; they hold for spares, no stragglers, and checkpoints that are usable
+when the step goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cmpt.monitor.records import read_records
 from scaling_faults import (
@@ -26,10 +32,11 @@ from scaling_faults import (
     HOUR_S,
     LOST,
     Faults,
+    as_good,
     daly_interval_s,
     daly_wall_s,
     effective,
-    grid,
+    search,
     trials,
     young_interval_s,
 )
@@ -42,10 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         faults = _faults_of(options)
+        for folder in filter(None, (options.out, options.json and options.json.parent)):
+            folder.mkdir(parents=True, exist_ok=True)
         return report(faults, options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--node-mtbf-hours", type=float, default=6_300.0,
         help="between faults of one node (default, assumed: %(default)s: Llama 3 saw 419 unexpected interruptions in "
         "54 days on 16,384 GPUs, nodes of 8; arXiv 2407.21783, section 3.3.4)")  # fmt: skip
-    add("--interval", type=float, help="seconds between checkpoints; default: the best that is found")
+    add("--interval", type=float, help="useful seconds between checkpoints; default: the best that is found")
     add("--stall", type=float, help="seconds that a checkpoint holds training up (default, assumed: 5)")
     add("--write", type=float, help="seconds until it can be used (default, assumed: 60)")
     add("--restart", type=float, default=180.0, help="seconds from a fault to training (default, assumed: %(default)s;"
@@ -87,18 +98,25 @@ def _faults_of(options: argparse.Namespace) -> Faults:
         options.write = write if options.write is None else options.write
     stall = 5.0 if options.stall is None else options.stall
     write = max(stall, 60.0) if options.write is None else options.write
-    for name in ("nodes", "days", "node_mtbf_hours", "trials", "gpus_per_node", "interval"):
+    for name in ("nodes", "days", "node_mtbf_hours", "trials", "gpus_per_node", "streams", "interval"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
-    for name in ("stall", "restart", "repair_hours", "slow_spells_per_node_day", "slow_minutes"):
+        if value is not None and not (value > 0 and (math.isfinite(value) or name == "node_mtbf_hours")):
+            raise ValueError(f"{_option(name)} {value:g}: must be above 0, and finite")
+    for name in ("stall", "write", "restart", "repair_hours", "slow_spells_per_node_day", "slow_minutes"):
         value = getattr(options, name)
-        if value is not None and value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be 0 or more")
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{_option(name)} {value:g}: must be 0 or more, and finite")
     if write < stall:
         raise ValueError(f"--write {write:g}: must be at least --stall {stall:g}, for it lasts from the same moment")
-    if options.slow_factor < 1:
-        raise ValueError(f"--slow-factor {options.slow_factor:g}: must be 1 or more")
+    if not 1 <= options.slow_factor < math.inf:
+        raise ValueError(f"--slow-factor {options.slow_factor:g}: must be 1 or more, and finite")
+    if options.interval is not None and options.interval < write - stall:
+        raise ValueError(
+            f"--interval {options.interval:g}: must be at least {write - stall:g}, --write less --stall: a checkpoint "
+            "that is due while the one before is still being written is left out"
+        )
+    if options.when_lost == "fewer" and options.nodes == 1:
+        raise ValueError("--when-lost fewer: needs 2 nodes or more (--nodes 1)")
     return Faults(
         work_s=options.days * DAY_S,
         nodes=options.nodes,
@@ -108,21 +126,24 @@ def _faults_of(options: argparse.Namespace) -> Faults:
         restart_s=options.restart,
         when_lost=options.when_lost,
         repair_s=options.repair_hours * HOUR_S,
-        share_meanwhile=fewer_nodes(options.nodes, options.gpus_per_node, options.streams) / options.nodes,
+        share_meanwhile=fewer_nodes(options) / options.nodes if options.when_lost == "fewer" else 1.0,
         slow_per_node_s=options.slow_spells_per_node_day / DAY_S,
         slow_length_s=options.slow_minutes * 60,
         slow_factor=options.slow_factor,
     )
 
 
-def fewer_nodes(nodes: int, gpus_per_node: int, streams: int | None) -> int:
-    """The most nodes below `nodes` whose processes divide the streams. Raises ValueError where there are none."""
-    usable = [n for n in range(1, nodes) if streams is None or streams % (n * gpus_per_node) == 0]
-    if nodes == 1:
-        return 1
+def fewer_nodes(options: argparse.Namespace) -> int:
+    """The most nodes below --nodes whose processes divide the streams. Raises ValueError where there are none."""
+    streams, per_node = options.streams, options.gpus_per_node
+    usable = [n for n in range(1, options.nodes) if streams is None or streams % (n * per_node) == 0]
     if not usable:
-        raise ValueError(f"--streams {streams}: fewer than {nodes} nodes of {gpus_per_node} never divide it")
+        raise ValueError(f"--streams {streams}: fewer than {options.nodes} nodes of {per_node} never divide it")
     return usable[-1]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def checkpoint_times(run: Path) -> tuple[float, float]:
@@ -138,25 +159,28 @@ def checkpoint_times(run: Path) -> tuple[float, float]:
 
 
 def report(faults: Faults, options: argparse.Namespace) -> int:
-    compared, refused = {}, None
-    for interval in sorted({*grid(faults), *([options.interval] if options.interval else [])}):
+    left_out: dict[float, ValueError] = {}
+
+    def useful(interval_s: float) -> float | None:
         try:
-            compared[interval] = trials(faults, interval, options.trials, options.seed)
+            return effective(faults, trials(faults, interval_s, options.trials, options.seed))[0]
         except ValueError as error:
-            refused = error
-            if interval == options.interval:
-                raise
-    if not compared:
-        assert refused is not None
-        raise refused
-    shares = {interval: effective(faults, runs) for interval, runs in compared.items()}
-    best = max(shares, key=lambda interval: shares[interval][0])
-    chosen = options.interval or best
-    runs = compared[chosen]
-    mean, spread = shares[chosen]
+            left_out[interval_s] = error
+            return None
+
+    low = min(faults.shortest_interval_s, faults.work_s)
+    shares = search(useful, low, faults.work_s)
+    if not shares:
+        raise left_out[min(left_out, key=lambda interval: daly_wall_s(faults, interval))]
+    best = max(shares, key=lambda interval: shares[interval])
+    chosen = best if options.interval is None else options.interval
+    runs = trials(faults, chosen, options.trials, options.seed)
+    mean, spread = effective(faults, runs)
     told = {
         "faults": asdict(faults),
         "best_interval_s": best,
+        "as_good_s": as_good(shares),
+        "at_edge": {low: "shortest", faults.work_s: "longest"}.get(best),
         "young_interval_s": young_interval_s(faults.stall_s, faults.mtbf_s),
         "daly_interval_s": daly_interval_s(faults.stall_s, faults.mtbf_s),
         "interval_s": chosen,
@@ -166,14 +190,21 @@ def report(faults: Faults, options: argparse.Namespace) -> int:
         "wall_days": statistics.fmean(run.wall_s for run in runs) / DAY_S,
         "faults_met": statistics.fmean(run.faults for run in runs),
         "lost_days": {name: statistics.fmean(run.lost_s[name] for run in runs) / DAY_S for name in LOST},
-        "by_interval": {f"{interval:.0f}": share for interval, (share, _) in shares.items()},
+        "by_interval": [{"interval_s": interval, "useful": share} for interval, share in shares.items()],
+        "left_out_s": sorted(left_out),
     }
     print(text(told))
     if options.json:
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        options.json.write_text(json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / "simulation.html"
         path.write_text(html(told, faults, runs[0]))
         print(f"\n{path}")
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """Infinity, as of nodes that never fail, is no JSON: null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value
