@@ -178,7 +178,8 @@ def see_waits(clock: StepClock, main: torch.cuda.Stream) -> Callable[[], None]:
     wait_stream, synchronize, all_streams = stream_class.wait_stream, stream_class.synchronize, torch.cuda.synchronize
 
     def seen_wait(self: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
-        with clock.joining(stream.cuda_stream) if self == main else nullcontext():
+        number = getattr(stream, "cuda_stream", "not of CUDA")
+        with clock.joining(number) if self == main else nullcontext():
             wait_stream(self, stream)
 
     def seen_synchronize(self: torch.cuda.Stream) -> None:
