@@ -158,6 +158,7 @@ def test_two_processes_under_deepspeed_give_the_same_digests_and_losses(
             assert ours[norm] == pytest.approx(reference[norm], rel=1e-3)
     ours_last, reference_last = (rows(run, "evaluations.jsonl")[-1] for run in (tmp_path / "two", uninterrupted))
     assert ours_last["image_to_text_r10"] == pytest.approx(reference_last["image_to_text_r10"], abs=0.01)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{free_port}_*")), "DeepSpeed's buffers go with the processes"
 
 
 @pytest.mark.slow
