@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import LAUNCHER_VARIABLES, REPOSITORY
 from test_train import TRAIN, overrides
 
 from cmpt.engine.manifest import verify
@@ -140,7 +140,12 @@ def test_a_run_goes_on_over_a_full_disk_and_later_checkpoints_are_there(disk: Pa
     more = ["run.duration=120 steps", "run.checkpoint_every=10 steps", "evaluation.every=null"]
     command = [*TRAIN[1:], *overrides(disk, "run", *more, f"data.cache_folder={tmp_path}/cache")]
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stderr is not None
     errors: list[str] = []
