@@ -7,11 +7,13 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 _HOPELESS = 5.0
-"""Times the fault-free time from which on a run is said never to end."""
+"""Times the fault-free time and one pause: a run that is expected to take longer is said never to end."""
+_HOPELESS_PLAYED = 100.0
+"""The same for one played run; what is expected knows neither stragglers nor fewer nodes."""
 _MOST = 1_000_000
 """Faults over all trials of an interval."""
 _FINEST = 1.05
@@ -54,6 +56,11 @@ class Faults:
         return self.node_mtbf_s / self.nodes
 
     @property
+    def pause_s(self) -> float:
+        """From a fault until training goes on, where no other one comes meanwhile."""
+        return self.restart_s + (self.repair_s if self.when_lost == "wait" else 0.0)
+
+    @property
     def shortest_interval_s(self) -> float:
         """Useful seconds between checkpoints worth a try: none is due while the one before is still being written, for
         the engine would leave it out, and training takes no less time than holding it up."""
@@ -69,6 +76,18 @@ class Played:
     lost_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOST, 0.0))
     course: list[tuple[float, float]] = field(default_factory=list)
     """(wall seconds, useful seconds done), at every turn."""
+
+    def lose(self, name: str, seconds: float) -> None:
+        self.wall_s += seconds
+        self.lost_s[name] += seconds
+
+
+class Refused(ValueError):
+    """An interval that cannot be played. `why`: in a few words, the same for all that are refused for it."""
+
+    def __init__(self, why: str, told: str) -> None:
+        super().__init__(told)
+        self.why = why
 
 
 def young_interval_s(stall_s: float, mtbf_s: float) -> float:
@@ -96,46 +115,62 @@ def daly_wall_s(faults: Faults, interval_s: float) -> float:
     return mtbf * math.exp(faults.restart_s / mtbf) * math.expm1(period / mtbf) * faults.work_s / interval_s
 
 
+def expected_wall_s(faults: Faults, interval_s: float) -> float:
+    """Daly's, with a restart that is longer by the repair that is waited for and by write_s - stall_s: k intervals are
+    kept where a fault comes after k periods and that time, which is e^(-(W - C)/M) times as likely as without it.
+
+    With fewer nodes or stragglers a run takes longer than this.
+    """
+    again_s = faults.pause_s + faults.write_s - faults.stall_s
+    return daly_wall_s(replace(faults, restart_s=again_s), interval_s)
+
+
 def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
-    """One run with a checkpoint after every `interval_s` useful seconds. Raises ValueError where it would never end."""
-    if daly_wall_s(faults, interval_s) > _HOPELESS * faults.work_s:
-        hours = faults.mtbf_s / HOUR_S
-        raise ValueError(f"a fault every {hours:.3g} h, restarts of {faults.restart_s:g} s and a checkpoint every "
-                         f"{interval_s:g} s: this run would never end")  # fmt: skip
+    """One run with a checkpoint after every `interval_s` useful seconds. Raises Refused where it would never end."""
+    limit_s = faults.work_s + faults.pause_s
+    if expected_wall_s(faults, interval_s) > _HOPELESS * limit_s:
+        raise _endless(faults, interval_s)
     run, saved = Played(), 0.0
     up_s = _uptime(faults, draw)
     absent_s = 0.0  # from the restart until the lost node is back, with "fewer"
     run.course.append((0.0, 0.0))
-    while True:
-        slower = _slowdown(faults, up_s, draw)
-        # Until the node is back the run is as fast as fewer hosts are; then it restarts with a checkpoint.
+    while run.wall_s < _HOPELESS_PLAYED * limit_s:
         returns = 0.0 < absent_s < up_s
-        share = faults.share_meanwhile if absent_s > 0 else 1.0
-        speed = share / slower
         length_s = absent_s if returns else up_s
-        done, kept, stalls, took_s = _segment(faults, interval_s, faults.work_s - saved, length_s, speed)
-        run.wall_s += took_s
-        run.lost_s["stalls"] += stalls
-        run.lost_s["fewer hosts"] += done / share - done
-        run.lost_s["stragglers"] += (slower - 1) * done / share
+        left_s = faults.work_s - saved
+        share = faults.share_meanwhile if absent_s > 0 else 1.0
+        speed = share / _slowdown(faults, min(length_s, left_s), draw)
+        done, kept, stalls_s = _segment(faults, interval_s, left_s, length_s, speed)
+        run.wall_s += done
+        run.lose("fewer hosts", done / share - done)
+        run.lose("stragglers", done / speed - done / share)
+        run.lose("stalls", stalls_s)
         run.course.append((run.wall_s, saved + done))
-        if saved + done >= faults.work_s * (1 - 1e-12):
+        if done >= left_s:
             return run
-        if returns:
-            saved, up_s, absent_s = saved + done, up_s - absent_s, 0.0
-            restart_s = min(up_s, faults.restart_s)
-            run.wall_s, up_s = run.wall_s + restart_s, up_s - restart_s
-            run.lost_s["restarts"] += restart_s
-            run.course.append((run.wall_s, saved))
-            if up_s > 0:
-                continue
-        else:
-            run.lost_s["recomputed"] += done - kept
-            saved += kept
-        run.faults += 1
-        absent_s = max(0.0, faults.repair_s - faults.restart_s) if faults.when_lost == "fewer" else 0.0
-        up_s = _come_back(faults, run, draw)
+        up_s -= length_s
+        if returns:  # the run ends with a checkpoint, waits until it is written, and starts with the node
+            written_s = min(up_s, faults.write_s)
+            restart_s = min(up_s - written_s, faults.restart_s)
+            kept = done if written_s == faults.write_s else kept
+            run.lose("stalls", written_s)
+            run.lose("restarts", restart_s)
+            up_s, absent_s = up_s - written_s - restart_s, 0.0
+        run.lost_s["recomputed"] += done - kept
+        saved += kept
+        if up_s == 0:
+            absent_s = max(0.0, faults.repair_s - faults.restart_s) if faults.when_lost == "fewer" else 0.0
+            up_s = _come_back(faults, run, draw)
         run.course.append((run.wall_s, saved))
+    raise _endless(faults, interval_s)
+
+
+def _endless(faults: Faults, interval_s: float) -> Refused:
+    return Refused(
+        "the run would never end",
+        f"a fault every {faults.mtbf_s / HOUR_S:.3g} h, {faults.pause_s:g} s until training goes on after it, and a "
+        f"checkpoint every {interval_s:.6g} s: this run would never end",
+    )
 
 
 def _uptime(faults: Faults, draw: random.Random) -> float:
@@ -143,68 +178,73 @@ def _uptime(faults: Faults, draw: random.Random) -> float:
 
 
 def _come_back(faults: Faults, run: Played, draw: random.Random) -> float:
-    """Restart after a fault, again if another one comes meanwhile. Returns the seconds until the next fault."""
-    waits_s = faults.repair_s if faults.when_lost == "wait" else 0.0
+    """From a fault until training goes on, anew if another one comes meanwhile. Returns the seconds until the next."""
+    waits_s = faults.pause_s - faults.restart_s
     while True:
-        up_s = _uptime(faults, draw)
-        needed_s = waits_s + faults.restart_s
-        spent_s = min(up_s, needed_s)
-        waiting_s = min(spent_s, waits_s)
-        run.lost_s["waiting for hosts"] += waiting_s
-        run.lost_s["restarts"] += spent_s - waiting_s
-        run.wall_s += spent_s
-        if up_s > needed_s:
-            return up_s - needed_s
         run.faults += 1
+        up_s = _uptime(faults, draw)
+        spent_s = min(up_s, faults.pause_s)
+        waiting_s = min(spent_s, waits_s)
+        run.lose("waiting for hosts", waiting_s)
+        run.lose("restarts", spent_s - waiting_s)
+        if up_s > faults.pause_s:
+            return up_s - faults.pause_s
 
 
-def _slowdown(faults: Faults, up_s: float, draw: random.Random) -> float:
+def _slowdown(faults: Faults, length_s: float, draw: random.Random) -> float:
     """How much longer steps take over a stretch in which some node is slow for part of the time."""
     if faults.slow_per_node_s == 0 or faults.slow_factor == 1:
         return 1.0
-    stretch_s = min(up_s, faults.work_s)
-    expected = faults.slow_per_node_s * faults.nodes * stretch_s
+    expected = faults.slow_per_node_s * faults.nodes * length_s
     spells = max(0.0, draw.gauss(expected, math.sqrt(expected)))
-    covered = 1 - math.exp(-spells * faults.slow_length_s / stretch_s)  # spells of several nodes overlap
+    covered = 1 - math.exp(-spells * faults.slow_length_s / length_s)  # spells of several nodes overlap
     return 1 + covered * (faults.slow_factor - 1)
 
 
 def _segment(
     faults: Faults, interval_s: float, left_s: float, length_s: float, speed: float
-) -> tuple[float, float, float, float]:
-    """Train for `length_s` or until `left_s` is done: (useful done, useful that a checkpoint keeps, stalls, wall)."""
+) -> tuple[float, float, float]:
+    """Train for `length_s` or until `left_s` is done: seconds of (useful done, useful that a checkpoint keeps, stalls).
+
+    `speed` is 1 or less, so that a checkpoint can be used before the next one begins.
+    """
+    # Checkpoints before the end; the last one is the run's own.
+    whole = max(0, math.ceil(left_s / interval_s - 1e-9) - 1)
+    if left_s / speed + whole * faults.stall_s <= length_s:
+        return left_s, left_s, whole * faults.stall_s
     wall_interval_s = interval_s / speed
     period_s = wall_interval_s + faults.stall_s
-    whole = math.ceil(left_s / interval_s - 1e-9) - 1  # checkpoints before the end; the last one is the run's own
-    needed_s = left_s / speed + whole * faults.stall_s
-    if needed_s <= length_s:
-        return left_s, left_s, whole * faults.stall_s, needed_s
-    begun = math.floor(length_s / period_s)
-    within_s = length_s - begun * period_s
+    begun, within_s = divmod(length_s, period_s)
     done = begun * interval_s + min(within_s, wall_interval_s) * speed
-    stalls = begun * faults.stall_s + max(0.0, within_s - wall_interval_s)
     # The k-th begins after k intervals and k - 1 stalls, and can be used write_s later.
-    usable = math.floor((length_s - faults.write_s + faults.stall_s) / period_s)
-    return done, max(0, usable) * interval_s, stalls, length_s
+    usable = max(0.0, (length_s - faults.write_s + faults.stall_s) // period_s)
+    return done, min(done, usable * interval_s), begun * faults.stall_s + max(0.0, within_s - wall_interval_s)
 
 
 def trials(faults: Faults, interval_s: float, count: int, seed: int) -> list[Played]:
-    """The same faults for every interval that is compared: each trial has its own generator. Raises ValueError where
-    the run would never end, or where its faults are too many to play."""
-    wall_s = daly_wall_s(faults, interval_s)
-    expected = wall_s / faults.mtbf_s
-    if wall_s <= _HOPELESS * faults.work_s and expected * count > _MOST:
-        fewer = f"--trials {int(_MOST / expected)} or fewer" if expected < _MOST else "fewer days or nodes"
-        raise ValueError(
-            f"--trials {count}: a run meets {expected:,.0f} faults, and {_MOST:,} are played at most; give {fewer}"
+    """The same faults for every interval that is compared: each trial has its own generator. Raises Refused where the
+    run would never end, or where its faults are too many to play."""
+    wall_s = expected_wall_s(faults, interval_s)
+    met = wall_s / faults.mtbf_s
+    if wall_s <= _HOPELESS * (faults.work_s + faults.pause_s) and (1 + met) * count > _MOST:
+        most, days = _MOST / (1 + met), faults.work_s / DAY_S
+        option = f"--trials {count}: must be {math.floor(most):,} or fewer"
+        if most < 1:
+            possible = days * (_MOST / count - 1) / met
+            option = (
+                f"--days {days:g}: must be {possible:,.{0 if possible > 10 else 3}f} or fewer with --trials {count}"
+            )
+        raise Refused(
+            "its faults are too many to play",
+            f"{option}: each trial meets about {met:,.3g} faults, and {_MOST:,} over all trials are played at most",
         )
     return [play(faults, interval_s, random.Random(f"{seed} {trial}")) for trial in range(count)]
 
 
 def effective(faults: Faults, runs: Sequence[Played]) -> tuple[float, float]:
-    """(mean, standard deviation) over runs of useful time / wall time."""
+    """Useful time / wall time: of all runs together, which is what closed forms tell; standard deviation over runs."""
     shares = [faults.work_s / run.wall_s for run in runs]
-    return statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else 0.0
+    return statistics.harmonic_mean(shares), statistics.stdev(shares) if len(shares) > 1 else 0.0
 
 
 def search(useful: Callable[[float], float | None], low: float, high: float) -> dict[float, float]:

@@ -32,10 +32,12 @@ from scaling_faults import (
     HOUR_S,
     LOST,
     Faults,
+    Refused,
     as_good,
     daly_interval_s,
     daly_wall_s,
     effective,
+    expected_wall_s,
     search,
     trials,
     young_interval_s,
@@ -43,6 +45,22 @@ from scaling_faults import (
 from scaling_simulate_page import html, text
 
 USER_ERROR = 2
+_RANGES: dict[str, tuple[float, float]] = {
+    "nodes": (1, 1e6),
+    "days": (0.001, 1e9),
+    "node_mtbf_hours": (1e-6, 1e9),
+    "interval": (0.001, 1e9),
+    "stall": (0, 1e9),
+    "write": (0, 1e9),
+    "restart": (0, 1e9),
+    "repair_hours": (0, 1e9),
+    "gpus_per_node": (1, 1e6),
+    "streams": (1, 1e9),
+    "slow_spells_per_node_day": (0, 1e6),
+    "slow_minutes": (0, 1e9),
+    "slow_factor": (1, 1e6),
+    "trials": (1, 1e5),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults = _faults_of(options)
         for folder in filter(None, (options.out, options.json and options.json.parent)):
             folder.mkdir(parents=True, exist_ok=True)
+        if options.json and options.json.is_dir():
+            raise ValueError(f"--json {options.json}: must be a file, not a folder")
         return report(faults, options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,24 +112,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _faults_of(options: argparse.Namespace) -> Faults:
     """Raises ValueError that names the option, its value and what it must be."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(options, name)
+        allowed = value is None or low <= value <= high or (name == "node_mtbf_hours" and value == math.inf)
+        if not allowed:
+            told = f"{value:g}" if isinstance(value, float) else f"{value}"
+            raise ValueError(f"--{name.replace('_', '-')} {told}: must be from {low:g} to {high:,.0f}")
     if options.run is not None:
         stall, write = checkpoint_times(options.run)
         options.stall = stall if options.stall is None else options.stall
         options.write = write if options.write is None else options.write
     stall = 5.0 if options.stall is None else options.stall
     write = max(stall, 60.0) if options.write is None else options.write
-    for name in ("nodes", "days", "node_mtbf_hours", "trials", "gpus_per_node", "streams", "interval"):
-        value = getattr(options, name)
-        if value is not None and not (value > 0 and (math.isfinite(value) or name == "node_mtbf_hours")):
-            raise ValueError(f"{_option(name)} {value:g}: must be above 0, and finite")
-    for name in ("stall", "write", "restart", "repair_hours", "slow_spells_per_node_day", "slow_minutes"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{_option(name)} {value:g}: must be 0 or more, and finite")
     if write < stall:
         raise ValueError(f"--write {write:g}: must be at least --stall {stall:g}, for it lasts from the same moment")
-    if not 1 <= options.slow_factor < math.inf:
-        raise ValueError(f"--slow-factor {options.slow_factor:g}: must be 1 or more, and finite")
     if options.interval is not None and options.interval < write - stall:
         raise ValueError(
             f"--interval {options.interval:g}: must be at least {write - stall:g}, --write less --stall: a checkpoint "
@@ -134,16 +150,11 @@ def _faults_of(options: argparse.Namespace) -> Faults:
 
 
 def fewer_nodes(options: argparse.Namespace) -> int:
-    """The most nodes below --nodes whose processes divide the streams. Raises ValueError where there are none."""
-    streams, per_node = options.streams, options.gpus_per_node
-    usable = [n for n in range(1, options.nodes) if streams is None or streams % (n * per_node) == 0]
-    if not usable:
-        raise ValueError(f"--streams {streams}: fewer than {options.nodes} nodes of {per_node} never divide it")
-    return usable[-1]
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The most nodes below --nodes whose processes divide the streams. Raises ValueError where --nodes do not."""
+    nodes, streams, per_node = options.nodes, options.streams, options.gpus_per_node
+    if streams is not None and streams % (nodes * per_node):
+        raise ValueError(f"--streams {streams}: must be a multiple of --nodes {nodes} times --gpus-per-node {per_node}")
+    return next(n for n in range(nodes - 1, 0, -1) if streams is None or streams % (n * per_node) == 0)
 
 
 def checkpoint_times(run: Path) -> tuple[float, float]:
@@ -154,30 +165,34 @@ def checkpoint_times(run: Path) -> tuple[float, float]:
     saved = [event for event in saved if "stall_s" in event and "write_s" in event]
     if not saved:
         raise ValueError(f"--run {run}: its events.jsonl has no checkpoint")
-    stall = statistics.median(event["stall_s"] for event in saved)
-    return stall, stall + statistics.median(event["write_s"] for event in saved)
+    # write_s begins with the stall (engine/checkpoint.py).
+    return statistics.median(event["stall_s"] for event in saved), statistics.median(
+        event["write_s"] for event in saved
+    )
 
 
 def report(faults: Faults, options: argparse.Namespace) -> int:
-    left_out: dict[float, ValueError] = {}
+    left_out: dict[float, Refused] = {}
 
     def useful(interval_s: float) -> float | None:
         try:
             return effective(faults, trials(faults, interval_s, options.trials, options.seed))[0]
-        except ValueError as error:
+        except Refused as error:
             left_out[interval_s] = error
             return None
 
     low = min(faults.shortest_interval_s, faults.work_s)
     shares = search(useful, low, faults.work_s)
     if not shares:
-        raise left_out[min(left_out, key=lambda interval: daly_wall_s(faults, interval))]
+        raise left_out[min(left_out, key=lambda interval: expected_wall_s(faults, interval))]
     best = max(shares, key=lambda interval: shares[interval])
     chosen = best if options.interval is None else options.interval
     runs = trials(faults, chosen, options.trials, options.seed)
     mean, spread = effective(faults, runs)
     told = {
         "faults": asdict(faults),
+        "trials": options.trials,
+        "seed": options.seed,
         "best_interval_s": best,
         "as_good_s": as_good(shares),
         "at_edge": {low: "shortest", faults.work_s: "longest"}.get(best),
@@ -191,7 +206,7 @@ def report(faults: Faults, options: argparse.Namespace) -> int:
         "faults_met": statistics.fmean(run.faults for run in runs),
         "lost_days": {name: statistics.fmean(run.lost_s[name] for run in runs) / DAY_S for name in LOST},
         "by_interval": [{"interval_s": interval, "useful": share} for interval, share in shares.items()],
-        "left_out_s": sorted(left_out),
+        "left_out": [{"interval_s": interval, "why": left_out[interval].why} for interval in sorted(left_out)],
     }
     print(text(told))
     if options.json:

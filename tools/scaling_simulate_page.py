@@ -39,8 +39,7 @@ def text(values: dict[str, Any]) -> str:
         f"{values['wall_days']:.2f} days, {values['faults_met']:.1f} faults; lost, in days: "
         + (", ".join(f"{name} {days:.3f}" for name, days in lost.items()) or "nothing"),
     ]
-    if values["left_out_s"]:
-        lines.append(_left_out(values["left_out_s"]))
+    lines += _left_out(values["left_out"])
     lines += ["", "| seconds between checkpoints | useful |", "|-:|-:|"]
     lines += [f"| {seconds(row['interval_s'])} | {100 * row['useful']:.2f} % |" for row in values["by_interval"]]
     return "\n".join(lines)
@@ -50,8 +49,10 @@ def seconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _left_out(intervals: Sequence[float]) -> str:
-    return f"not played, for the run would never end: {', '.join(map(seconds, intervals))} s between checkpoints"
+def _left_out(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each reason."""
+    reasons = {row["why"]: [seconds(each["interval_s"]) for each in rows if each["why"] == row["why"]] for row in rows}
+    return [f"not played, for {why}: {', '.join(of)} s between checkpoints" for why, of in reasons.items()]
 
 
 def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
@@ -88,10 +89,11 @@ def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
     rows = [
         (name, f"{days:.3f}", f"{100 * days / told['wall_days']:.2f} %") for name, days in told["lost_days"].items()
     ]
-    note = " ".join(
-        ["Mean over trials.", *([_left_out(told["left_out_s"]).capitalize() + "."] if told["left_out_s"] else [])]
+    left_out = [f"{line.capitalize()}." for line in _left_out(told["left_out"])]
+    note = " ".join([f"Of all {told['trials']} trials together.", *left_out])
+    course_note = (
+        f"The first trial of seed {told['seed']}: days of training done over hours; a fall is work that is done again."
     )
-    course_note = "The first trial: days of training done over hours; a fall is work that is done again."
     drawn = [
         plot_figure(shares, "Useful share over minutes between checkpoints", note, wide=True),
         plot_figure(draw(course), "One run", course_note, wide=True),
