@@ -56,6 +56,14 @@ class Faults:
         return self.node_mtbf_s / self.nodes
 
     @property
+    def has_stragglers(self) -> bool:
+        return self.slow_per_node_s > 0 and self.slow_length_s > 0 and self.slow_factor > 1
+
+    @property
+    def has_closed_form(self) -> bool:
+        return self.when_lost == "spare" and not self.has_stragglers
+
+    @property
     def pause_s(self) -> float:
         """From a fault until training goes on, where no other one comes meanwhile."""
         return self.restart_s + (self.repair_s if self.when_lost == "wait" else 0.0)
@@ -193,7 +201,7 @@ def _come_back(faults: Faults, run: Played, draw: random.Random) -> float:
 
 def _slowdown(faults: Faults, length_s: float, draw: random.Random) -> float:
     """How much longer steps take over a stretch in which some node is slow for part of the time."""
-    if faults.slow_per_node_s == 0 or faults.slow_factor == 1:
+    if not faults.has_stragglers:
         return 1.0
     expected = faults.slow_per_node_s * faults.nodes * length_s
     spells = max(0.0, draw.gauss(expected, math.sqrt(expected)))

@@ -201,7 +201,7 @@ def report(faults: Faults, options: argparse.Namespace) -> int:
         "interval_s": chosen,
         "effective": mean,
         "effective_spread": spread,
-        "effective_daly": faults.work_s / daly_wall_s(faults, chosen),
+        "effective_daly": faults.work_s / daly_wall_s(faults, chosen) if faults.has_closed_form else None,
         "wall_days": statistics.fmean(run.wall_s for run in runs) / DAY_S,
         "faults_met": statistics.fmean(run.faults for run in runs),
         "lost_days": {name: statistics.fmean(run.lost_s[name] for run in runs) / DAY_S for name in LOST},

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cmpt.monitor.page import facts, figures, page, plot_figure, section, table
-from cmpt.monitor.plots import COLOURS, Curve, Plot, as_svg, bare, draw, legend_above
+from cmpt.monitor.plots import COLOURS, GRID, Curve, Plot, as_svg, bare, draw, legend_above, short
 from scaling_faults import ALIKE, DAY_S, HOUR_S, Faults, Played, daly_wall_s
 
 _EDGES = {
@@ -27,6 +26,8 @@ _WHEN_LOST = {
 def text(values: dict[str, Any]) -> str:
     lost = {name: days for name, days in values["lost_days"].items() if days}
     low, high = values["as_good_s"]
+    formula = values["effective_daly"]
+    daly = "" if formula is None else f"; Daly's formula: {100 * formula:.2f} %"
     lines = [
         f"best interval {seconds(values['best_interval_s'])} s; from {seconds(low)} to {seconds(high)} s less than "
         f"{100 * ALIKE:g} % of the time is lost against it"
@@ -34,8 +35,7 @@ def text(values: dict[str, Any]) -> str:
         f"closed forms, which know no write time, lost or slow nodes: Young {seconds(values['young_interval_s'])} s, "
         f"Daly {seconds(values['daly_interval_s'])} s",
         f"with a checkpoint every {seconds(values['interval_s'])} s: {100 * values['effective']:.2f} % of the time is "
-        f"useful (± {100 * values['effective_spread']:.2f} over trials; Daly's formula: "
-        f"{100 * values['effective_daly']:.2f} %)",
+        f"useful (± {100 * values['effective_spread']:.2f} over trials{daly})",
         f"{values['wall_days']:.2f} days, {values['faults_met']:.1f} faults; lost, in days: "
         + (", ".join(f"{name} {days:.3f}" for name, days in lost.items()) or "nothing"),
     ]
@@ -58,23 +58,24 @@ def _left_out(rows: Sequence[dict[str, Any]]) -> list[str]:
 def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
     """One page: the shares over intervals beside the closed form, one played run, where its time went."""
     intervals = [row["interval_s"] for row in told["by_interval"]]
-    simulated = Curve("simulated", [i / 60 for i in intervals], [row["useful"] for row in told["by_interval"]])
-    plain = replace(faults, when_lost="spare", slow_per_node_s=0.0)
-    plainly = "" if faults == plain else ", with spares and no slow nodes"
-    formula = Curve(f"Daly's formula{plainly}", simulated.x, [faults.work_s / daly_wall_s(plain, i) for i in intervals])
-    shares = over_minutes("shares", [simulated, formula])
+    simulated = [row["useful"] for row in told["by_interval"]]
+    formula = [faults.work_s / daly_wall_s(faults, i) for i in intervals] if faults.has_closed_form else None
     low, high = told["as_good_s"]
-    hours = [wall / HOUR_S for wall, _ in played.course]
-    course = Plot("course", [Curve("", hours, [done / DAY_S for _, done in played.course])], from_zero=True, wide=True)
+    minutes = [interval / 60 for interval in intervals]
+    shares = over_minutes("shares", minutes, simulated, formula, (low / 60, high / 60))
+    days = [wall / DAY_S for wall, _ in played.course]
+    hours = [(wall - done) / HOUR_S for wall, done in played.course]
+    course = Plot("course", [Curve("", days, hours)], from_zero=True)
     tiles = [
         (f"{100 * told['effective']:.1f} %", "of the time is useful"),
         (f"{told['wall_days']:.1f}", f"days for {faults.work_s / DAY_S:g} days of training"),
-        (f"{told['faults_met']:.0f}", "faults"),
+        (f"{told['faults_met']:.1f}", "faults"),
         (
             _minutes(told["best_interval_s"]),
             f"best between checkpoints; {_minutes(low)} to {_minutes(high)} are as good",
         ),
-        (_minutes(told["daly_interval_s"]), "Daly's formula"),
+        (_minutes(told["interval_s"]), "between checkpoints here"),
+        (_minutes(told["daly_interval_s"]), "by Daly's formula"),
     ]
     assumed = [
         ("nodes", f"{faults.nodes}"),
@@ -86,50 +87,62 @@ def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
         ("restart", f"{faults.restart_s:g} s"),
         ("a lost node", _WHEN_LOST[faults.when_lost].format(faults.repair_s / HOUR_S, 100 * faults.share_meanwhile)),
     ]
+    if faults.has_stragglers:
+        spells = f"{faults.slow_per_node_s * DAY_S:g} times a day for {_minutes(faults.slow_length_s)}"
+        assumed.append(("a slow node", f"{spells} a step takes {faults.slow_factor:g} times as long"))
     rows = [
-        (name, f"{days:.3f}", f"{100 * days / told['wall_days']:.2f} %") for name, days in told["lost_days"].items()
+        (name, f"{lost:.3f}", f"{100 * lost / told['wall_days']:.2f} %")
+        for name, lost in told["lost_days"].items()
+        if lost
     ]
     left_out = [f"{line.capitalize()}." for line in _left_out(told["left_out"])]
-    note = " ".join([f"Of all {told['trials']} trials together.", *left_out])
-    course_note = (
-        f"The first trial of seed {told['seed']}: days of training done over hours; a fall is work that is done again."
-    )
+    note = " ".join([f"Grey: less than {100 * ALIKE:g} % of the time is lost against the best.", *left_out])
+    lost_note = f"The first trial of seed {told['seed']}: hours lost so far over days; a fault is a jump."
     drawn = [
-        plot_figure(shares, "Useful share over minutes between checkpoints", note, wide=True),
-        plot_figure(draw(course), "One run", course_note, wide=True),
+        plot_figure(shares, "Useful share over minutes between checkpoints", f"Of {told['trials']} trials together."),
+        plot_figure(draw(course), "One run", lost_note),
     ]
     body = [
         '<p class="kicker">Simulated, not measured</p><h1>A run with faults</h1>',
         figures(tiles),
         facts(assumed),
-        section("Checkpoints", f'<div class="plots">{"".join(drawn)}</div>'),
+        section("Checkpoints", f'<div class="plots">{"".join(drawn)}</div>', note=note),
         section("Where the time goes", table(("lost by", "days", "of all"), rows), note="Mean over trials."),
     ]
     return page("A run with faults", body)
 
 
-def over_minutes(name: str, curves: Sequence[Curve]) -> str:
-    """Shares over minutes between checkpoints, each axis mark ten times the one before."""
+def over_minutes(
+    name: str,
+    minutes: Sequence[float],
+    simulated: Sequence[float],
+    formula: Sequence[float] | None,
+    as_good: tuple[float, float],
+) -> str:
+    """Shares over a logarithm of the minutes between checkpoints, `as_good` shaded; what lies far below the best is not
+    drawn."""
+    best = max(simulated)
+    least = best - min(max(12 * (1 - best), 0.01), 0.2)
+    shown = [n for n, share in enumerate(simulated) if share >= least]
+    x = [minutes[n] for n in shown]
 
     def paint(axes: Axes) -> None:
-        for curve, colour in zip(curves, COLOURS, strict=False):
-            axes.plot(
-                curve.x,
-                [y or 0.0 for y in curve.y],
-                color=colour,
-                linewidth=1.6,
-                marker="o",
-                markersize=3,
-                label=curve.label,
-            )
-        bare(axes)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.axvspan(*as_good, color=GRID, linewidth=0)
+        if formula is not None:
+            axes.plot(x, [formula[n] for n in shown], color=COLOURS[1], linewidth=1.6, label="Daly's formula")
+        axes.plot(x, [simulated[n] for n in shown], color=COLOURS[0], linewidth=0.6, marker="o", markersize=3,
+                  label="simulated")  # fmt: skip
+        bare(axes)
+        axes.set_xlim(x[0] / 1.2, x[-1] * 1.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
-        legend_above(axes)
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+        legend_above(axes, 2)
 
-    return as_svg(name, (9.6, 2.9), paint)
+    return as_svg(name, (4.7, 2.55), paint)
 
 
 def _minutes(interval_s: float) -> str:

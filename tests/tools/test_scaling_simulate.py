@@ -222,6 +222,14 @@ def test_intervals_at_which_a_run_would_never_end_are_told_beside_the_others(
     assert "Not played" in (tmp_path / "simulation.html").read_text()
 
 
+def test_daly_s_formula_is_told_only_where_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--nodes", "64", "--days", "2", "--trials", "2", "--out", str(tmp_path)]
+    for more, holds in ([], True), (["--when-lost", "fewer"], False), (["--slow-spells-per-node-day", "1"], False):
+        assert main([*given, *more]) == 0
+        assert ("Daly's formula: " in capsys.readouterr().out) == holds
+        assert (">Daly's formula<" in (tmp_path / "simulation.html").read_text()) == holds
+
+
 def test_nodes_that_never_fail_need_no_checkpoint_before_the_end(tmp_path: Path) -> None:
     out = tmp_path / "s.json"
     assert main(f"--nodes 8 --days 1 --node-mtbf-hours inf --trials 2 --json {out}".split()) == 0
