@@ -83,29 +83,39 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/scaling.py --simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--nodes", type=int, required=True)
-    add("--days", type=float, default=10.0, help="of useful training on all nodes (default: %(default)s)")
-    add("--node-mtbf-hours", type=float, default=6_300.0,
-        help="between faults of one node (default, assumed: %(default)s: Llama 3 saw 419 unexpected interruptions in "
-        "54 days on 16,384 GPUs, nodes of 8; arXiv 2407.21783, section 3.3.4)")  # fmt: skip
-    add("--interval", type=float, help="useful seconds between checkpoints; default: the best that is found")
-    add("--stall", type=float, help="seconds that a checkpoint holds training up (default, assumed: 5)")
-    add("--write", type=float, help="seconds until it can be used (default, assumed: 60)")
-    add("--restart", type=float, default=180.0, help="seconds from a fault to training (default, assumed: %(default)s;"
-        " 30 of them until the watchdog has ended the run)")  # fmt: skip
-    add("--when-lost", choices=["spare", "fewer", "wait"], default="spare", help="(default: %(default)s)")
-    add("--repair-hours", type=float, default=4.0, help="until a lost node is back (default, assumed: %(default)s)")
-    add("--gpus-per-node", type=int, default=8)
-    add("--streams", type=int, help="data.streams, which the processes must divide: decides how many nodes go on with "
-        "--when-lost fewer")  # fmt: skip
-    add("--slow-spells-per-node-day", type=float, default=0.0, help="(default: %(default)s)")
-    add("--slow-minutes", type=float, default=30.0)
-    add("--slow-factor", type=float, default=1.3, help="how much longer a step takes meanwhile")
-    add("--run", type=Path, metavar="RUNFOLDER", help="take stall and write time from this run's checkpoints")
-    add("--trials", type=int, default=200)
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, metavar="FILE")
+    add = parser.add_argument_group("the run").add_argument
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--days", type=float, default=10.0, help="of useful training on all nodes (default: %(default)g)")
+    add("--node-mtbf-hours", type=float, default=6_300.0, metavar="HOURS",
+        help="mean time between faults of one node; inf: none (default, assumed: %(default)g: Llama 3 saw 419 "
+        "unexpected interruptions in 54 days on 16,384 GPUs, nodes of 8; arXiv 2407.21783, section 3.3.4)")  # fmt: skip
+    add("--restart", type=float, default=180.0, metavar="SECONDS",
+        help="from a fault to training (default, assumed: %(default)g; 30 of them until the watchdog has ended the "
+        "run)")  # fmt: skip
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--interval", type=float, metavar="SECONDS", help="of training between two (default: the best that is found)")
+    add("--stall", type=float, metavar="SECONDS", help="that one holds training up (default, assumed: 5)")
+    add("--write", type=float, metavar="SECONDS",
+        help="from its begin until it can be used (default, assumed: 60, or --stall if that is longer)")  # fmt: skip
+    add("--run", type=Path, metavar="RUNFOLDER", help="take --stall and --write from this run's checkpoints")
+    add = parser.add_argument_group("lost nodes").add_argument
+    add("--when-lost", choices=["spare", "fewer", "wait"], default="spare",
+        help="another node takes the place, the run goes on with fewer until the repair, or it waits for it "
+        "(default: %(default)s)")  # fmt: skip
+    add("--repair-hours", type=float, default=4.0, metavar="HOURS",
+        help="from a fault until the node is back, for fewer and wait (default, assumed: %(default)g)")  # fmt: skip
+    add("--streams", type=int, metavar="N", help="data.streams, which the processes must divide: decides how many "
+        "nodes go on with fewer (default: all that are left)")  # fmt: skip
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="for --streams (default: %(default)s)")
+    add = parser.add_argument_group("stragglers").add_argument
+    add("--slow-spells-per-node-day", type=float, default=0.0, metavar="N", help="(default: %(default)g)")
+    add("--slow-minutes", type=float, default=30.0, metavar="MINUTES", help="of a spell (default: %(default)g)")
+    add("--slow-factor", type=float, default=1.3, metavar="FACTOR",
+        help="how much longer a step takes meanwhile (default: %(default)g)")  # fmt: skip
+    add = parser.add_argument_group("the simulation").add_argument
+    add("--trials", type=int, default=200, metavar="N", help="for each interval (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--out", type=Path, metavar="FOLDER", help="write simulation.html there")
     return parser.parse_args(arguments)
 
