@@ -31,6 +31,7 @@ from torch import Tensor
 from cmpt.dist import process_group, traffic
 from cmpt.losses.contrastive import info_nce
 from cmpt.losses.sigmoid import sigmoid_loss
+from cmpt.monitor.meters import peak_memory_bytes, proc_bytes
 
 LOSSES = ("infonce", "sigmoid")
 WORLD_SIZES = (1, 8, 64, 512)
@@ -87,12 +88,7 @@ def fitting_batch(options: argparse.Namespace) -> int:
 def free_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return status_bytes("/proc/meminfo", "MemAvailable")
-
-
-def status_bytes(path: str, field: str) -> int:
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+    return proc_bytes("meminfo", "MemAvailable")
 
 
 def inputs_of(batch: int, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -174,7 +170,7 @@ def measured_here(options: argparse.Namespace) -> tuple[float, int]:
         began = now(device)
         step(*inputs).backward()
         took.append(now(device) - began)
-    return statistics.median(took), peak_memory() - before
+    return statistics.median(took), peak_memory_bytes() - before
 
 
 def now(device: torch.device) -> float:
@@ -190,13 +186,7 @@ def start_peak() -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("/proc/self/status", "VmRSS")
-
-
-def peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return status_bytes("/proc/self/status", "VmHWM")
+    return proc_bytes("self/status", "VmRSS")
 
 
 def show_traffic(options: argparse.Namespace) -> None:

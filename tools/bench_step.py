@@ -25,7 +25,6 @@ import gc
 import json
 import logging
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,6 +48,7 @@ from cmpt.masking.strategies import MaskStage
 from cmpt.models.clip import CLIP
 from cmpt.models.flops import peak_flops, training_flops
 from cmpt.models.open_clip_format import from_open_clip
+from cmpt.monitor.meters import peak_resident_bytes
 from cmpt.recipe import load_recipe
 from cmpt.recipe.schema import Masking, Recipe
 from cmpt.train import build_loader
@@ -265,13 +265,13 @@ def peak_bytes(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     batches = batches_of(recipe, 2, device)
     import_open_clip()
-    before = 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = 0 if device.type == "cuda" else peak_resident_bytes()
     step = build(options, options.peak_of, recipe, device)
     for batch in batches:
         step(batch)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return peak_resident_bytes() - before
 
 
 def measured_peak(options: argparse.Namespace, side: str) -> int:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -118,5 +119,18 @@ def peak_memory_bytes() -> int:
     """Most memory held so far: of the CUDA device, or of this process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. On Linux ru_maxrss would not do: it outlives exec, and so is never below what the process that
+    started this one had."""
+    if sys.platform == "linux":
+        return proc_bytes("self/status", "VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def proc_bytes(file: str, name: str) -> int:
+    """Of a row in kB of a file under /proc (Linux)."""
+    rows = (Path("/proc") / file).read_text().splitlines()
+    return int(next(row for row in rows if row.startswith(f"{name}:")).split()[1]) * 1024

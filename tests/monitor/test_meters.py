@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from cmpt.monitor import meters as meters_module
 from cmpt.monitor.meters import Meters
@@ -46,3 +49,14 @@ def test_the_wait_for_data_is_counted_to_the_microsecond(monkeypatch: pytest.Mon
     assert row["data_wait_fraction"] == pytest.approx(sum(waits) / (sum(waits) + 4 * 0.75), abs=1e-9)
     clock.now += 1.0
     assert meters.wait_s == 0.0, "the next window begins anew"
+
+
+@pytest.mark.parametrize("taken", [0, 300 * 2**20])
+def test_the_memory_of_a_process_is_not_that_of_the_one_that_started_it(taken: int) -> None:
+    """As a launcher starts it; what a process gave back is part of its peak."""
+    child = f"from cmpt.monitor.meters import peak_resident_bytes; len(b'x' * {taken}); print(peak_resident_bytes())"
+    own = 2**30  # several times what a child has
+    held = torch.ones(own // 4)
+    printed = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
+    del held
+    assert taken < int(printed) < own

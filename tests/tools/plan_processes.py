@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from cmpt.engine.build import COMPUTE_DTYPES, build  # noqa: E402
 from cmpt.engine.step import find_gradient, take_step  # noqa: E402
 from cmpt.engine.traffic import count_deepspeed  # noqa: E402
 from cmpt.models.clip import CLIP  # noqa: E402
+from cmpt.monitor.meters import peak_resident_bytes, proc_bytes  # noqa: E402
 from cmpt.recipe.presets import PRESETS  # noqa: E402
 from cmpt.recipe.schema import Engine, Loss, Model, Optimizer  # noqa: E402
 from plan_memory import FP32, INPUTS, PATCHES, WEIGHTS, Largest, Sharding  # noqa: E402
@@ -110,24 +110,13 @@ def engine_of(case: dict[str, Any], world_size: int) -> Engine:
     return settings
 
 
-def resident_bytes(kind: str = "VmRSS") -> int:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(kind))
-    return int(line.split()[1]) * 1024
-
-
 def measured(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """Most resident memory of a few steps, above that of the process just before the model was made.
-
-    Code of libraries that comes back from the disk meanwhile is none of it: how much of it was resident before is the
-    kernel's affair.
-    """
+    """Most resident memory of a few steps, above that of the process just before the model was made."""
     small = {**case, "preset": "tiny-8", "image_size": 32, "pairs": 4, "kept": 8, "words": 8}
     list(train(small, world_size))  # libraries take what they take once
-    before, code = resident_bytes(), resident_bytes("RssFile")
+    before = proc_bytes("self/status", "VmRSS")
     list(train(case, world_size))
-    came_back = max(0, resident_bytes("RssFile") - code)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"bytes": most - before - came_back, "before": before, "code": came_back}
+    return {"bytes": peak_resident_bytes() - before, "before": before}
 
 
 def train(case: dict[str, Any], world_size: int) -> Iterator[int]:
