@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
 import statistics
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,8 +44,10 @@ class Faults:
     """"spare": another node takes the place; "fewer": the run goes on with fewer until the repair; "wait": for it."""
     repair_s: float = 4 * HOUR_S
     """Until a lost node is back."""
-    share_meanwhile: float = 1.0
-    """Of the speed, with "fewer"."""
+    gpus_per_node: int = 1
+    streams: int | None = None
+    """data.streams, which the processes must divide; a multiple of those of all nodes. None: any number of nodes can go
+    on."""
     slow_per_node_s: float = 0.0
     """Slow spells of a node per second."""
     slow_length_s: float = 0.0
@@ -68,6 +72,10 @@ class Faults:
         """From a fault until training goes on, where no other one comes meanwhile."""
         return self.restart_s + (self.repair_s if self.when_lost == "wait" else 0.0)
 
+    def share(self, lost: int) -> float:
+        """Of the speed of all nodes without these. Where none is left one is taken to go on."""
+        return usable_nodes(self.nodes - lost, self.gpus_per_node, self.streams) / self.nodes
+
     @property
     def shortest_interval_s(self) -> float:
         """Useful seconds between checkpoints worth a try: none is due while the one before is still being written, for
@@ -88,6 +96,12 @@ class Played:
     def lose(self, name: str, seconds: float) -> None:
         self.wall_s += seconds
         self.lost_s[name] += seconds
+
+
+@functools.cache
+def usable_nodes(most: int, gpus_per_node: int, streams: int | None) -> int:
+    """The most nodes, up to these, whose processes divide the streams; at least one."""
+    return next((n for n in range(most, 1, -1) if streams is None or streams % (n * gpus_per_node) == 0), 1)
 
 
 class Refused(ValueError):
@@ -140,13 +154,13 @@ def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
         raise _endless(faults, interval_s)
     run, saved = Played(), 0.0
     up_s = _uptime(faults, draw)
-    absent_s = 0.0  # from the restart until the lost node is back, with "fewer"
+    absent: deque[float] = deque()  # wall seconds at which lost nodes are back, with "fewer"; the next one first
     run.course.append((0.0, 0.0))
     while run.wall_s < _HOPELESS_PLAYED * limit_s:
-        returns = 0.0 < absent_s < up_s
-        length_s = absent_s if returns else up_s
+        share, more_s, back = _fewer(faults, absent, run.wall_s)
+        returns = more_s < up_s
+        length_s = more_s if returns else up_s
         left_s = faults.work_s - saved
-        share = faults.share_meanwhile if absent_s > 0 else 1.0
         speed = share / _slowdown(faults, min(length_s, left_s), draw)
         done, kept, stalls_s = _segment(faults, interval_s, left_s, length_s, speed)
         run.wall_s += done
@@ -157,20 +171,32 @@ def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
         if done >= left_s:
             return run
         up_s -= length_s
-        if returns:  # the run ends with a checkpoint, waits until it is written, and starts with the node
+        if returns:  # the run ends with a checkpoint, waits until it is written, and starts with more nodes
+            for _ in range(back):
+                absent.popleft()
             written_s = min(up_s, faults.write_s)
             restart_s = min(up_s - written_s, faults.restart_s)
             kept = done if written_s == faults.write_s else kept
             run.lose("stalls", written_s)
             run.lose("restarts", restart_s)
-            up_s, absent_s = up_s - written_s - restart_s, 0.0
+            up_s = up_s - written_s - restart_s
         run.lost_s["recomputed"] += done - kept
         saved += kept
         if up_s == 0:
-            absent_s = max(0.0, faults.repair_s - faults.restart_s) if faults.when_lost == "fewer" else 0.0
-            up_s = _come_back(faults, run, draw)
+            up_s = _come_back(faults, run, absent, draw)
         run.course.append((run.wall_s, saved))
     raise _endless(faults, interval_s)
+
+
+def _fewer(faults: Faults, absent: deque[float], now_s: float) -> tuple[float, float, int]:
+    """(share of the speed, seconds until enough nodes are back for more, how many are back then)."""
+    while absent and absent[0] <= now_s:
+        absent.popleft()
+    share = faults.share(len(absent))
+    for back, time_s in enumerate(absent, start=1):
+        if faults.share(len(absent) - back) > share:
+            return share, time_s - now_s, back
+    return share, math.inf, 0
 
 
 def _endless(faults: Faults, interval_s: float) -> Refused:
@@ -185,11 +211,13 @@ def _uptime(faults: Faults, draw: random.Random) -> float:
     return draw.expovariate(1 / faults.mtbf_s) if math.isfinite(faults.mtbf_s) else math.inf
 
 
-def _come_back(faults: Faults, run: Played, draw: random.Random) -> float:
+def _come_back(faults: Faults, run: Played, absent: deque[float], draw: random.Random) -> float:
     """From a fault until training goes on, anew if another one comes meanwhile. Returns the seconds until the next."""
     waits_s = faults.pause_s - faults.restart_s
     while True:
         run.faults += 1
+        if faults.when_lost == "fewer":
+            absent.append(run.wall_s + faults.repair_s)
         up_s = _uptime(faults, draw)
         spent_s = min(up_s, faults.pause_s)
         waiting_s = min(spent_s, waits_s)

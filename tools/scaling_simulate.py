@@ -4,9 +4,9 @@
     python tools/scaling.py --simulate --run runs/vitl14_laion --nodes 64 --days 10
 
 The time between faults is exponential, with the mean of one node divided by the nodes; faults also come while the run
-restarts. A step waits `--stall` seconds for a checkpoint, which can be used `--write` seconds after it was begun; a
-fault before that falls back to the one before, and no other is begun meanwhile. All defaults are assumed; --run takes
-stall and write time from a run's own records.
+restarts, and no fewer of them while nodes are absent. A step waits `--stall` seconds for a checkpoint, which can be
+used `--write` seconds after it was begun; a fault before that falls back to the one before, and no other is begun
+meanwhile. All defaults are assumed; --run takes stall and write time from a run's own records.
 
 Intervals are tried from the shortest that --write allows to the whole run, and nearer and nearer to the best, each with
 the same faults. The closed forms beside it (Young 1974, doi 10.1145/361147.361115; Daly 2006, doi
@@ -45,6 +45,7 @@ from scaling_faults import (
 from scaling_simulate_page import html, text
 
 USER_ERROR = 2
+INTERRUPTED = 130
 _RANGES: dict[str, tuple[float, float]] = {
     "nodes": (1, 1e6),
     "days": (0.001, 1e9),
@@ -74,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(faults, options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return USER_ERROR
@@ -143,28 +147,24 @@ def _faults_of(options: argparse.Namespace) -> Faults:
         )
     if options.when_lost == "fewer" and options.nodes == 1:
         raise ValueError("--when-lost fewer: needs 2 nodes or more (--nodes 1)")
+    nodes, streams, per_node = options.nodes, options.streams, options.gpus_per_node
+    if streams is not None and streams % (nodes * per_node):
+        raise ValueError(f"--streams {streams}: must be a multiple of --nodes {nodes} times --gpus-per-node {per_node}")
     return Faults(
         work_s=options.days * DAY_S,
-        nodes=options.nodes,
+        nodes=nodes,
         node_mtbf_s=options.node_mtbf_hours * HOUR_S,
         stall_s=stall,
         write_s=write,
         restart_s=options.restart,
         when_lost=options.when_lost,
         repair_s=options.repair_hours * HOUR_S,
-        share_meanwhile=fewer_nodes(options) / options.nodes if options.when_lost == "fewer" else 1.0,
+        gpus_per_node=per_node,
+        streams=streams,
         slow_per_node_s=options.slow_spells_per_node_day / DAY_S,
         slow_length_s=options.slow_minutes * 60,
         slow_factor=options.slow_factor,
     )
-
-
-def fewer_nodes(options: argparse.Namespace) -> int:
-    """The most nodes below --nodes whose processes divide the streams. Raises ValueError where --nodes do not."""
-    nodes, streams, per_node = options.nodes, options.streams, options.gpus_per_node
-    if streams is not None and streams % (nodes * per_node):
-        raise ValueError(f"--streams {streams}: must be a multiple of --nodes {nodes} times --gpus-per-node {per_node}")
-    return next(n for n in range(nodes - 1, 0, -1) if streams is None or streams % (n * per_node) == 0)
 
 
 def checkpoint_times(run: Path) -> tuple[float, float]:
@@ -175,10 +175,8 @@ def checkpoint_times(run: Path) -> tuple[float, float]:
     saved = [event for event in saved if "stall_s" in event and "write_s" in event]
     if not saved:
         raise ValueError(f"--run {run}: its events.jsonl has no checkpoint")
-    # write_s begins with the stall (engine/checkpoint.py).
-    return statistics.median(event["stall_s"] for event in saved), statistics.median(
-        event["write_s"] for event in saved
-    )
+    stall_s, write_s = (statistics.median(event[name] for event in saved) for name in ("stall_s", "write_s"))
+    return stall_s, write_s  # write_s begins with the stall (engine/checkpoint.py)
 
 
 def report(faults: Faults, options: argparse.Namespace) -> int:

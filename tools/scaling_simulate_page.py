@@ -18,7 +18,7 @@ _EDGES = {
 }
 _WHEN_LOST = {
     "spare": "a spare takes its place",
-    "fewer": "fewer nodes go on, at {1:.3g} % of the speed, until it is back after {0:g} h",
+    "fewer": "fewer nodes go on, with one lost at {1:.3g} % of the speed, until it is back after {0:g} h",
     "wait": "the run waits {0:g} h for it",
 }
 
@@ -85,7 +85,7 @@ def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
         ),
         ("checkpoint", f"holds training up for {faults.stall_s:g} s, can be used after {faults.write_s:g} s"),
         ("restart", f"{faults.restart_s:g} s"),
-        ("a lost node", _WHEN_LOST[faults.when_lost].format(faults.repair_s / HOUR_S, 100 * faults.share_meanwhile)),
+        ("a lost node", _WHEN_LOST[faults.when_lost].format(faults.repair_s / HOUR_S, 100 * faults.share(1))),
     ]
     if faults.has_stragglers:
         spells = f"{faults.slow_per_node_s * DAY_S:g} times a day for {_minutes(faults.slow_length_s)}"

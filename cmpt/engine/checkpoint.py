@@ -82,7 +82,7 @@ class Report:
     path: Path | None = None  # None: there is no checkpoint of this step
     fault: str | None = None  # what went wrong, for people to read
     bytes: int = 0
-    write_s: float = 0.0  # from the copy to host memory until it was complete
+    write_s: float = 0.0  # from the begin of the copy to host memory, which is the stall, until it was complete
     stall_s: float = 0.0  # that training was held up
 
 

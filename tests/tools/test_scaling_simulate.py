@@ -6,7 +6,6 @@ import json
 import math
 import random
 import statistics
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from scaling_faults import (
     play,
     search,
     trials,
+    usable_nodes,
     young_interval_s,
 )
-from scaling_simulate import USER_ERROR, fewer_nodes, main
+from scaling_simulate import USER_ERROR, main
 
 PLAIN = Faults(work_s=30 * DAY_S, nodes=100, node_mtbf_s=2000 * HOUR_S, stall_s=60, write_s=60, restart_s=300)
 
@@ -48,7 +48,7 @@ def test_wall_time_is_daly_s_formula(interval_s: float, nodes: int) -> None:
 
 def test_every_second_of_every_run_is_accounted_for() -> None:
     for lost in ("spare", "fewer", "wait"):
-        faults = replace(PLAIN, when_lost=lost, share_meanwhile=0.5, slow_per_node_s=1e-6, slow_length_s=600,
+        faults = replace(PLAIN, when_lost=lost, streams=200, slow_per_node_s=1e-6, slow_length_s=600,
                          slow_factor=1.5, write_s=200)  # fmt: skip
         for run in trials(faults, 2000, 20, seed=1):
             assert run.wall_s == pytest.approx(faults.work_s + sum(run.lost_s.values()))
@@ -128,12 +128,8 @@ def test_a_fault_before_a_checkpoint_is_usable_falls_back_to_the_one_before() ->
 
 
 def test_fewer_nodes_are_those_whose_processes_divide_the_streams() -> None:
-    def of(nodes: int, gpus_per_node: int, streams: int | None) -> int:
-        return fewer_nodes(Namespace(nodes=nodes, gpus_per_node=gpus_per_node, streams=streams))
-
-    assert of(64, 8, 1024) == 32 and of(64, 8, None) == 63
-    with pytest.raises(ValueError, match="--streams 24"):
-        of(2, 48, 24)
+    assert usable_nodes(63, 8, 1024) == 32 and usable_nodes(63, 8, None) == 63
+    assert usable_nodes(1, 8, 1024) == usable_nodes(0, 8, 1024) == 1
 
 
 @pytest.mark.parametrize(("nodes", "stall_s"), [(20, 30.0), (100, 60.0), (400, 10.0)])
@@ -187,7 +183,7 @@ def test_a_lost_node_is_repaired_while_the_others_restart() -> None:
         def expovariate(self, lambd: float = 1.0) -> float:
             return self.waits.pop() if self.waits else math.inf
 
-    faults = replace(PLAIN, work_s=5000, stall_s=0, write_s=0, when_lost="fewer", share_meanwhile=0.5, repair_s=900)
+    faults = replace(PLAIN, work_s=5000, stall_s=0, write_s=0, nodes=2, when_lost="fewer", repair_s=900)
     run = play(faults, 100, Twice(0))
     # 300 s restart, 600 s at half the speed until the repair, 300 s to take the node back
     assert run.lost_s["fewer hosts"] == pytest.approx(300) and run.lost_s["restarts"] == 600
@@ -207,6 +203,29 @@ def test_a_lost_node_is_repaired_while_the_others_restart() -> None:
     Twice.waits = [math.inf, 1000.0]
     back = play(replace(faults, repair_s=200), 100, Twice(0))
     assert back.lost_s["fewer hosts"] == 0 and back.lost_s["restarts"] == 300, "it is back before the run is"
+
+
+def test_several_nodes_are_lost_and_come_back_one_by_one_or_when_more_of_them_are_of_use() -> None:
+    class Given(random.Random):
+        def __init__(self, *waits: float) -> None:
+            self.waits = [*waits, math.inf]
+
+        def expovariate(self, lambd: float = 1.0) -> float:
+            return self.waits.pop(0)
+
+    faults = replace(PLAIN, work_s=9000, nodes=4, stall_s=0, write_s=0, when_lost="fewer", repair_s=3000)
+    # Faults at 1000 and, 300 s of restart and 700 s with three nodes later, at 2000; back at 4000 and 5000.
+    one_by_one = play(faults, 100, Given(1000, 1000))
+    assert one_by_one.lost_s["restarts"] == 4 * 300
+    assert one_by_one.lost_s["fewer hosts"] == pytest.approx(700 / 4 + 1700 / 2 + 700 / 4)
+    # Two streams for each node: three or two nodes are as fast as two, and one that comes back brings nothing.
+    by_two = play(replace(faults, streams=8, gpus_per_node=1), 100, Given(1000, 1000))
+    assert by_two.lost_s["restarts"] == 3 * 300
+    assert by_two.lost_s["fewer hosts"] == pytest.approx((700 + 2700) / 2)
+    # The second one is lost while the run restarts, at 1200, and back while it restarts with the first one.
+    meanwhile = play(faults, 100, Given(1000, 200))
+    assert meanwhile.lost_s["restarts"] == 200 + 300 + 300 and meanwhile.faults == 2
+    assert meanwhile.lost_s["fewer hosts"] == pytest.approx((4000 - 1500) / 2)
 
 
 def test_intervals_at_which_a_run_would_never_end_are_told_beside_the_others(
