@@ -310,6 +310,9 @@ class _Checker:
             self.require(bool(evaluation.prompts), "evaluation.prompts", [], "must not be empty with a category_field")
 
     def suite(self, path: str, chosen: list[str]) -> None:
+        if not os.path.isfile(resolve_path(path)):
+            self.fault("evaluation.suite", path, Absent("no such file"))
+            return
         try:
             names = [task.name for task in load_suite(path).tasks]
         except RecipeError as error:

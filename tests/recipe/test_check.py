@@ -164,7 +164,7 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("evaluation.every", "often", 'evaluation.every = "often": expected a number and a unit, such as "2000 steps"; '
      'units are "epochs", "steps" or "samples"'),
     ("evaluation.batch_size", 0, "evaluation.batch_size = 0: must be >= 1"),
-    ("evaluation.suite", "gone.yaml", 'evaluation.suite = "gone.yaml": gone.yaml: there is no such suite file'),
+    ("evaluation.suite", "gone.yaml", 'evaluation.suite = "gone.yaml": no such file'),
     ("evaluation.tasks", ["x"], 'evaluation.tasks = ["x"]: belongs to evaluation.suite, which is null'),
     ("evaluation.prompts", ["a dog"], 'evaluation.prompts = "a dog": must hold {}, the place of the category'),
 ]  # fmt: skip
@@ -260,16 +260,16 @@ def test_the_bpe_of_clip_needs_its_merges(recipe: Recipe, monkeypatch: pytest.Mo
 def test_what_only_this_machine_lacks_is_told_apart(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmpt.recipe.check.find_spec", lambda name: None)
     recipe.data = Data(train=[Source(["no/*.tar", "no/{0..9}.tar"])], heldout=["no.tar"], streams=8)
-    recipe.model.init_from = "gone"
+    recipe.model.init_from, recipe.evaluation.suite = "gone", "gone.yaml"
     recipe.text_masking = TextMasking(strategy="frequency", tokens=8, frequencies="gone")
     recipe.tokenizer = Tokenizer(kind="clip_bpe")
     recipe.run.seed = -1
     wrong, *absent = check_recipe(recipe)
     assert wrong == "run.seed = -1: must be >= 0" and not isinstance(wrong, Absent)
-    assert len(absent) == 6 and all(isinstance(fault, Absent) for fault in absent)
+    assert len(absent) == 7 and all(isinstance(fault, Absent) for fault in absent)
     recipe.tokenizer, recipe.run.seed = Tokenizer(path="gone"), 0
     absent = check_recipe(recipe)
-    assert len(absent) == 6 and all(isinstance(fault, Absent) for fault in absent)
+    assert len(absent) == 7 and all(isinstance(fault, Absent) for fault in absent)
 
 
 def test_phases_are_checked_as_they_run(recipe: Recipe) -> None:
