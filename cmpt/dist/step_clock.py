@@ -7,15 +7,15 @@ when the device has passed its end, some steps later.
 
 Of an asynchronous collective only the wait for it counts. One on a stream of its own (DeepSpeed's reduction beside the
 backward pass, its gathers ahead of the forward pass) counts from where the main stream has no more work to where it may
-go on: what it, or the host, waits in `wait_stream` and `synchronize`. Not seen: the host waiting for a single event,
-with which DeepSpeed at stage 3 bounds its gathers under way; where the device runs dry meanwhile, that is compute.
+go on: what it waits in `wait_stream`, and where it runs dry while the host waits in `synchronize` of a stream, of the
+device, or of an event, with which DeepSpeed at stage 3 bounds what is under way.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -134,10 +134,14 @@ class StepClock:
             yield
 
     @contextmanager
-    def joining(self, stream: Hashable | None = None) -> Iterator[None]:
-        """Within, the main stream or the host waits for another stream; None: for all of them."""
+    def joining(self, stream: Hashable | None = None, partly: bool = False) -> Iterator[None]:
+        """Within, the main stream or the host waits for another stream; None: for all of them. `partly`: for some of
+        its work, more of which is under way."""
         streams = list(self._beside) if stream is None else [stream]
-        kinds = [self._beside.pop(each) for each in streams if each in self._beside]
+        kinds = [self._beside[each] for each in streams if each in self._beside]
+        if not partly:
+            for each in streams:
+                self._beside.pop(each, None)
         with self._held_up(kinds[-1]) if kinds else nullcontext():
             yield
 
@@ -174,27 +178,50 @@ class StepClock:
 
 def see_waits(clock: StepClock, main: torch.cuda.Stream) -> Callable[[], None]:
     """Tell the clock from now on when `main`, or the host, waits for another CUDA stream. Returns what ends that."""
-    stream_class: Any = torch.cuda.Stream
-    wait_stream, synchronize, all_streams = stream_class.wait_stream, stream_class.synchronize, torch.cuda.synchronize
+    stream_class, event_class, of_device = torch.cuda.Stream, torch.cuda.Event, torch.cuda.synchronize
+    wait_stream, of_stream = stream_class.wait_stream, stream_class.synchronize
+    record, of_event = event_class.record, event_class.synchronize
 
     def seen_wait(self: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
-        number = getattr(stream, "cuda_stream", "not of CUDA")
-        with clock.joining(number) if self == main else nullcontext():
+        with clock.joining(_number(stream)) if self == main else nullcontext():
             wait_stream(self, stream)
 
-    def seen_synchronize(self: torch.cuda.Stream) -> None:
+    def seen_of_stream(self: torch.cuda.Stream) -> None:
         with clock.joining(self.cuda_stream):
-            synchronize(self)
+            of_stream(self)
 
-    def seen_all(device: Any = None) -> None:
+    def seen_of_device(device: Any = None) -> None:
         with clock.joining():
-            all_streams(device)
+            of_device(device)
 
-    def put(waits: Any, of_stream: Any, of_device: Any) -> None:
-        stream_class.wait_stream, stream_class.synchronize, torch.cuda.synchronize = waits, of_stream, of_device
+    def seen_record(self: Any, stream: torch.cuda.Stream | None = None) -> None:
+        stream = torch.cuda.current_stream() if stream is None else stream
+        self.recorded_on = _number(stream)
+        record(self, stream)
 
-    put(seen_wait, seen_synchronize, seen_all)
-    return lambda: put(wait_stream, synchronize, all_streams)
+    def seen_of_event(self: Any) -> None:
+        with clock.joining(getattr(self, "recorded_on", "not recorded"), partly=True):
+            of_event(self)
+
+    seen: list[tuple[Any, str, Any]] = [
+        (stream_class, "wait_stream", seen_wait),
+        (stream_class, "synchronize", seen_of_stream),
+        (torch.cuda, "synchronize", seen_of_device),
+        (event_class, "record", seen_record),
+        (event_class, "synchronize", seen_of_event),
+    ]
+    own = [(owner, name, getattr(owner, name)) for owner, name, _ in seen]
+
+    def put(calls: Sequence[tuple[Any, str, Any]]) -> None:
+        for owner, name, call in calls:
+            setattr(owner, name, call)
+
+    put(seen)
+    return lambda: put(own)
+
+
+def _number(stream: Any) -> Hashable:
+    return getattr(stream, "cuda_stream", "not of CUDA")
 
 
 _clock: StepClock | None = None

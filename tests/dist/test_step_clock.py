@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -123,6 +125,21 @@ def test_a_wait_for_a_stream_without_collectives_is_compute(hands: Hands) -> Non
     assert spent.places["gradient"] == 0.625
 
 
+def test_after_a_wait_for_some_of_a_stream_the_rest_is_waited_for_too(hands: Hands) -> None:
+    """As the host bounds the gathers under way at ZeRO 3, before the main stream waits for the last one."""
+    clock = StepClock(hands)
+    clock.at("gradient", 0)
+    for _ in range(2):
+        begin_beside(clock, hands, "gathers", "parameters")
+    with clock.joining("gathers", partly=True):
+        hands.time += 0.5
+    with clock.joining("gathers"):
+        hands.time += 0.25
+    clock.at("data", 1)
+    (spent,) = clock.take()
+    assert spent.waits["gradient"] == {"parameters": 0.75} and spent.places["gradient"] == 0.0
+
+
 def test_a_wait_for_the_whole_device_is_a_wait_for_every_stream(hands: Hands) -> None:
     clock = StepClock(hands)
     clock.at("gradient", 0)
@@ -156,7 +173,19 @@ def test_waits_in_torch_s_own_calls_are_seen_until_it_ends(hands: Hands, monkeyp
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait_for_all)
     monkeypatch.setattr(torch.cuda.Stream, "synchronize", lambda self: wait_for_all())
-    before = torch.cuda.Stream.wait_stream, torch.cuda.Stream.synchronize, torch.cuda.synchronize
+    monkeypatch.setattr(torch.cuda.Event, "record", lambda self, stream: None)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda self: wait_for_all())
+
+    def calls() -> list[object]:
+        owners = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+        return [
+            getattr(owner, name)
+            for owner in owners
+            for name in ("synchronize", "wait_stream", "record")
+            if hasattr(owner, name)
+        ]
+
+    before = calls()
     clock, main, side = StepClock(hands), Stream(0, hands), Stream(7, hands)
     monkeypatch.setattr(hands, "beside", lambda: 7 if hands.stream == "side" else None)
     clock.at("gradient", 0)
@@ -170,11 +199,17 @@ def test_waits_in_torch_s_own_calls_are_seen_until_it_ends(hands: Hands, monkeyp
         wait()
     begin_beside(clock, hands, "side", "gradients")
     torch.cuda.Stream.wait_stream(side, main)  # type: ignore[arg-type]  # the main stream goes on
+    of_main, of_side, not_recorded = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+    torch.cuda.Event.record(of_main, main)  # type: ignore[arg-type]
+    torch.cuda.Event.record(of_side, side)  # type: ignore[arg-type]
+    for event in (of_main, of_side, not_recorded):
+        torch.cuda.Event.synchronize(event)  # type: ignore[arg-type]
+    assert calls() != before
     end()
-    assert before == (torch.cuda.Stream.wait_stream, torch.cuda.Stream.synchronize, torch.cuda.synchronize)
+    assert calls() == before
     clock.at("data", 1)
     (spent,) = clock.take()
-    assert spent.waits["gradient"] == {"gradients": 4.5} and spent.places["gradient"] == 0.5
+    assert spent.waits["gradient"] == {"gradients": 4.5 + 2.0} and spent.places["gradient"] == 0.5 + 4.0
 
 
 def test_a_collective_counts_its_bytes_with_and_without_a_clock() -> None:
@@ -222,9 +257,17 @@ def test_on_a_gpu_a_place_lasts_as_long_as_the_device_works_for_it() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_only_what_the_main_stream_waits_for_another_one_counts() -> None:
+@pytest.mark.parametrize("waits", ["stream", "host for an event"])
+def test_on_a_gpu_only_what_the_main_stream_waits_for_another_one_counts(waits: str) -> None:
     device = torch.device("cuda", 0)
     x, side = torch.randn(4096, 4096, device=device), torch.cuda.Stream(device)
+
+    def wait() -> None:
+        if waits == "stream":
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            side.record_event().synchronize()
+
     step_clock.start(device)
     try:
         running = step_clock.clock()
@@ -240,7 +283,7 @@ def test_on_a_gpu_only_what_the_main_stream_waits_for_another_one_counts() -> No
                     x @ x
             for _ in range(on_main):
                 x @ x
-            torch.cuda.current_stream().wait_stream(side)
+            wait()
         running.at("data", 1)
         torch.cuda.synchronize()
         (spent,) = running.take()
