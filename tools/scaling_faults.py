@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 _HOPELESS = 5.0
-"""Times the fault-free time and one pause: a run that is expected to take longer is said never to end."""
+"""Times the fault-free time and one pause: a run that is expected to take longer is not played."""
 _HOPELESS_PLAYED = 100.0
-"""The same for one played run; what is expected knows neither stragglers nor fewer nodes."""
+"""The same for one played run; with stragglers or fewer nodes what is expected is no more than near."""
 _MOST = 1_000_000
 """Faults over all trials of an interval."""
 _FINEST = 1.05
@@ -65,7 +65,16 @@ class Faults:
 
     @property
     def has_closed_form(self) -> bool:
-        return self.when_lost == "spare" and not self.has_stragglers
+        return self.when_lost != "fewer" and not self.has_stragglers
+
+    @property
+    def mean_speed(self) -> float:
+        """Of the speed of all nodes, about."""
+        absent = self.repair_s / self.mtbf_s if self.when_lost == "fewer" else 0.0
+        if not self.has_stragglers:
+            return self.share(min(round(absent), self.nodes))
+        covered = -math.expm1(-self.slow_per_node_s * self.nodes * self.slow_length_s)
+        return self.share(min(round(absent), self.nodes)) / (1 + covered * (self.slow_factor - 1))
 
     @property
     def pause_s(self) -> float:
@@ -141,17 +150,17 @@ def expected_wall_s(faults: Faults, interval_s: float) -> float:
     """Daly's, with a restart that is longer by the repair that is waited for and by write_s - stall_s: k intervals are
     kept where a fault comes after k periods and that time, which is e^(-(W - C)/M) times as likely as without it.
 
-    With fewer nodes or stragglers a run takes longer than this.
+    Fewer nodes or stragglers count by the mean speed, which is no more than near.
     """
-    again_s = faults.pause_s + faults.write_s - faults.stall_s
-    return daly_wall_s(replace(faults, restart_s=again_s), interval_s)
+    again_s, speed = faults.pause_s + faults.write_s - faults.stall_s, faults.mean_speed
+    return daly_wall_s(replace(faults, restart_s=again_s, work_s=faults.work_s / speed), interval_s / speed)
 
 
 def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
-    """One run with a checkpoint after every `interval_s` useful seconds. Raises Refused where it would never end."""
+    """One run with a checkpoint after every `interval_s` useful seconds. Raises Refused where it takes too long."""
     limit_s = faults.work_s + faults.pause_s
     if expected_wall_s(faults, interval_s) > _HOPELESS * limit_s:
-        raise _endless(faults, interval_s)
+        raise _too_long(faults, interval_s, f"is expected to take more than {_HOPELESS:g} times its work")
     run, saved = Played(), 0.0
     up_s = _uptime(faults, draw)
     absent: deque[float] = deque()  # wall seconds at which lost nodes are back, with "fewer"; the next one first
@@ -185,7 +194,7 @@ def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
         if up_s == 0:
             up_s = _come_back(faults, run, absent, draw)
         run.course.append((run.wall_s, saved))
-    raise _endless(faults, interval_s)
+    raise _too_long(faults, interval_s, f"takes more than {_HOPELESS_PLAYED:g} times its work")
 
 
 def _fewer(faults: Faults, absent: deque[float], now_s: float) -> tuple[float, float, int]:
@@ -199,11 +208,11 @@ def _fewer(faults: Faults, absent: deque[float], now_s: float) -> tuple[float, f
     return share, math.inf, 0
 
 
-def _endless(faults: Faults, interval_s: float) -> Refused:
+def _too_long(faults: Faults, interval_s: float, why: str) -> Refused:
     return Refused(
-        "the run would never end",
+        f"the run {why}",
         f"a fault every {faults.mtbf_s / HOUR_S:.3g} h, {faults.pause_s:g} s until training goes on after it, and a "
-        f"checkpoint every {interval_s:.6g} s: this run would never end",
+        f"checkpoint every {interval_s:.6g} s: this run {why}",
     )
 
 
@@ -259,7 +268,7 @@ def _segment(
 
 def trials(faults: Faults, interval_s: float, count: int, seed: int) -> list[Played]:
     """The same faults for every interval that is compared: each trial has its own generator. Raises Refused where the
-    run would never end, or where its faults are too many to play."""
+    run takes too long, or where its faults are too many to play."""
     wall_s = expected_wall_s(faults, interval_s)
     met = wall_s / faults.mtbf_s
     if wall_s <= _HOPELESS * (faults.work_s + faults.pause_s) and (1 + met) * count > _MOST:

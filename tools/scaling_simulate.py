@@ -10,8 +10,9 @@ meanwhile. All defaults are assumed; --run takes stall and write time from a run
 
 Intervals are tried from the shortest that --write allows to the whole run, and nearer and nearer to the best, each with
 the same faults. The closed forms beside it (Young 1974, doi 10.1145/361147.361115; Daly 2006, doi
-10.1016/j.future.2004.11.016) have no part in that; they hold for spares, no stragglers, and checkpoints that are usable
-when the step goes on.
+10.1016/j.future.2004.11.016) have no part in that; they hold without stragglers and fewer nodes. Daly's useful share is
+told with the time to write and the repair that is waited for as part of his restart; his interval knows neither, and
+need not.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from scaling_faults import (
     Refused,
     as_good,
     daly_interval_s,
-    daly_wall_s,
     effective,
     expected_wall_s,
     search,
@@ -209,7 +209,7 @@ def report(faults: Faults, options: argparse.Namespace) -> int:
         "interval_s": chosen,
         "effective": mean,
         "effective_spread": spread,
-        "effective_daly": faults.work_s / daly_wall_s(faults, chosen) if faults.has_closed_form else None,
+        "effective_closed_form": faults.work_s / expected_wall_s(faults, chosen) if faults.has_closed_form else None,
         "wall_days": statistics.fmean(run.wall_s for run in runs) / DAY_S,
         "faults_met": statistics.fmean(run.faults for run in runs),
         "lost_days": {name: statistics.fmean(run.lost_s[name] for run in runs) / DAY_S for name in LOST},

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from cmpt.monitor.page import facts, figures, page, plot_figure, section, table
 from cmpt.monitor.plots import COLOURS, GRID, Curve, Plot, as_svg, bare, draw, legend_above, short
-from scaling_faults import ALIKE, DAY_S, HOUR_S, Faults, Played, daly_wall_s
+from scaling_faults import ALIKE, DAY_S, HOUR_S, Faults, Played, expected_wall_s
 
 _EDGES = {
     "shortest": "the shortest that the time to write allows",
@@ -26,16 +26,16 @@ _WHEN_LOST = {
 def text(values: dict[str, Any]) -> str:
     lost = {name: days for name, days in values["lost_days"].items() if days}
     low, high = values["as_good_s"]
-    formula = values["effective_daly"]
-    daly = "" if formula is None else f"; Daly's formula: {100 * formula:.2f} %"
+    share = values["effective_closed_form"]
+    formula = "" if share is None else f"; closed form: {100 * share:.2f} %"
     lines = [
         f"best interval {seconds(values['best_interval_s'])} s; from {seconds(low)} to {seconds(high)} s less than "
         f"{100 * ALIKE:g} % of the time is lost against it"
         + "".join(f" ({told})" for told in [_EDGES.get(values["at_edge"])] if told),
-        f"closed forms, which know no write time, lost or slow nodes: Young {seconds(values['young_interval_s'])} s, "
+        f"closed forms, which know no absent or slow nodes: Young {seconds(values['young_interval_s'])} s, "
         f"Daly {seconds(values['daly_interval_s'])} s",
         f"with a checkpoint every {seconds(values['interval_s'])} s: {100 * values['effective']:.2f} % of the time is "
-        f"useful (± {100 * values['effective_spread']:.2f} over trials{daly})",
+        f"useful (± {100 * values['effective_spread']:.2f} over trials{formula})",
         f"{values['wall_days']:.2f} days, {values['faults_met']:.1f} faults; lost, in days: "
         + (", ".join(f"{name} {days:.3f}" for name, days in lost.items()) or "nothing"),
     ]
@@ -59,7 +59,7 @@ def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
     """One page: the shares over intervals beside the closed form, one played run, where its time went."""
     intervals = [row["interval_s"] for row in told["by_interval"]]
     simulated = [row["useful"] for row in told["by_interval"]]
-    formula = [faults.work_s / daly_wall_s(faults, i) for i in intervals] if faults.has_closed_form else None
+    formula = [faults.work_s / expected_wall_s(faults, i) for i in intervals] if faults.has_closed_form else None
     low, high = told["as_good_s"]
     minutes = [interval / 60 for interval in intervals]
     shares = over_minutes("shares", minutes, simulated, formula, (low / 60, high / 60))
@@ -72,11 +72,12 @@ def html(told: dict[str, Any], faults: Faults, played: Played) -> str:
         (f"{told['faults_met']:.1f}", "faults"),
         (
             _minutes(told["best_interval_s"]),
-            f"best between checkpoints; {_minutes(low)} to {_minutes(high)} are as good",
+            f"best between checkpoints; {_minutes(low, high)} to {_minutes(high)} are as good",
         ),
         (_minutes(told["interval_s"]), "between checkpoints here"),
-        (_minutes(told["daly_interval_s"]), "by Daly's formula"),
     ]
+    if faults.has_closed_form:
+        tiles.append((_minutes(told["daly_interval_s"]), "by Daly's formula"))
     assumed = [
         ("nodes", f"{faults.nodes}"),
         (
@@ -130,7 +131,7 @@ def over_minutes(
         axes.set_xscale("log")
         axes.axvspan(*as_good, color=GRID, linewidth=0)
         if formula is not None:
-            axes.plot(x, [formula[n] for n in shown], color=COLOURS[1], linewidth=1.6, label="Daly's formula")
+            axes.plot(x, [formula[n] for n in shown], color=COLOURS[1], linewidth=1.6, label="closed form")
         axes.plot(x, [simulated[n] for n in shown], color=COLOURS[0], linewidth=0.6, marker="o", markersize=3,
                   label="simulated")  # fmt: skip
         bare(axes)
@@ -145,5 +146,8 @@ def over_minutes(
     return as_svg(name, (4.7, 2.55), paint)
 
 
-def _minutes(interval_s: float) -> str:
-    return f"{interval_s / 60:.0f} min" if interval_s >= 600 else f"{seconds(interval_s)} s"
+def _minutes(interval_s: float, beside_s: float = 0.0) -> str:
+    """In the unit of the longer of the two."""
+    if max(interval_s, beside_s) < 600:
+        return f"{seconds(interval_s)} s"
+    return f"{interval_s / 60:.0f} min" if interval_s >= 600 else f"{interval_s / 60:.1f} min"

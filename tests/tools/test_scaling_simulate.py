@@ -58,7 +58,7 @@ def test_every_second_of_every_run_is_accounted_for() -> None:
 
 
 def test_writing_beside_training_and_waiting_for_repairs_are_a_longer_restart() -> None:
-    """What refuses a run that would never end: the mean of 100 runs is within three standard errors of it."""
+    """What refuses a run that takes too long: the mean of 100 runs is within three standard errors of it."""
     faults = replace(PLAIN, nodes=400, write_s=900, when_lost="wait", repair_s=1800)
     expected = expected_wall_s(faults, 1500)
     walls = [run.wall_s for run in trials(faults, 1500, 100, seed=0)]
@@ -233,20 +233,36 @@ def test_intervals_at_which_a_run_would_never_end_are_told_beside_the_others(
 ) -> None:
     given = ["--nodes", "1000", "--node-mtbf-hours", "1000", "--days", "3", "--trials", "3", "--interval", "259200"]
     assert main(given) == USER_ERROR
-    assert "a checkpoint every 259200 s: this run would never end" in capsys.readouterr().err
+    assert "a checkpoint every 259200 s: this run is expected to take more than 5 times" in capsys.readouterr().err
     assert main([*given[:-2], "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "not played, for the run would never end: " in told and "259,200 s" in told
+    assert "not played, for the run is expected to take more than 5 times its work: " in told and "259,200 s" in told
     assert "-0.0" not in told
     assert "Not played" in (tmp_path / "simulation.html").read_text()
 
 
-def test_daly_s_formula_is_told_only_where_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--nodes", "64", "--days", "2", "--trials", "2", "--out", str(tmp_path)]
-    for more, holds in ([], True), (["--when-lost", "fewer"], False), (["--slow-spells-per-node-day", "1"], False):
+def test_the_closed_form_is_told_only_where_it_holds_and_then_agrees(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Daly's own formula would tell 80.4 % of the first one."""
+    out = tmp_path / "s.json"
+    given = ["--nodes", "1000", "--node-mtbf-hours", "2000", "--stall", "30", "--write", "600", "--restart", "900"]
+    given += ["--days", "4", "--trials", "100", "--interval", "900", "--out", str(tmp_path), "--json", str(out)]
+    slow = ["--slow-spells-per-node-day", "1", "--slow-minutes", "1"]
+    for more, holds in (
+        ([], True),
+        (["--when-lost", "wait", "--repair-hours", "0.1"], True),
+        (["--when-lost", "fewer"], False),
+        (slow, False),
+    ):
         assert main([*given, *more]) == 0
-        assert ("Daly's formula: " in capsys.readouterr().out) == holds
-        assert (">Daly's formula<" in (tmp_path / "simulation.html").read_text()) == holds
+        told = json.loads(out.read_text())
+        if holds:
+            error = told["effective_spread"] / math.sqrt(100)
+            assert told["effective"] == pytest.approx(told["effective_closed_form"], abs=3 * error)
+        assert ("; closed form: " in capsys.readouterr().out) == holds
+        page = (tmp_path / "simulation.html").read_text()
+        assert (">closed form<" in page) == holds and (">by Daly" in page) == holds
 
 
 def test_nodes_that_never_fail_need_no_checkpoint_before_the_end(tmp_path: Path) -> None:
@@ -301,10 +317,18 @@ def test_checkpoint_times_come_from_a_run(tmp_path: Path, capsys: pytest.Capture
         ("--nodes 8 --when-lost fewer --streams 24", "--streams 24: must be a multiple of --nodes 8 times"),
         ("--nodes 8 --json /dev", "--json /dev: must be a file"),
         ("--nodes 64 --when-lost wait --repair-hours 5000", "1.80002e+07 s until training goes on after it"),
-        ("--nodes 64 --slow-spells-per-node-day 100 --slow-factor 1e6", "this run would never end"),
+        (
+            "--nodes 64 --slow-spells-per-node-day 100 --slow-factor 1e6",
+            "is expected to take more than 5 times its work",
+        ),
         ("--nodes 8 --days 1 --trials 1 --json /proc/x/s.json", "/proc/x: No such file or directory"),
         ("--nodes 8 --days 1 --trials 1 --out /dev/null/x", "/dev/null/x: Not a directory"),
-        ("--nodes 64 --node-mtbf-hours 1", "this run would never end"),
+        (
+            "--nodes 1000 --node-mtbf-hours 60 --restart 1 --stall 0.1 --write 0.2 --slow-spells-per-node-day 100 "
+            "--slow-minutes 600 --slow-factor 50",
+            "is expected to take more than 5 times its work",
+        ),
+        ("--nodes 64 --node-mtbf-hours 1", "is expected to take more than 5 times its work"),
         ("--nodes 8000 --node-mtbf-hours 6300 --trials 100000 --days 100", "--trials 100000: must be 283"),
     ],
 )
