@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report anew")
     parser.add_argument("--simulate", action="store_true", help="as the first option: see --simulate --help")
     options = parser.parse_args(given)
+    if options.simulate:
+        parser.error("--simulate: must be the first option")
     for ended_by in (signal.SIGTERM, signal.SIGHUP):  # else the processes of a point would go on without us
         signal.signal(ended_by, signal.default_int_handler)
     try:
@@ -97,7 +99,8 @@ def benchmark(runner: Runner, points: Sequence[Point]) -> list[Path]:
     found = []
     for hosts in dict.fromkeys(point.hosts for point in points if point.world_size > 1):
         point = next(point for point in points if point.hosts == hosts)
-        say(f"collectives on {point.nodes} x {point.ranks_per_node} processes")
+        if not runner.collectives_file(point).is_file():
+            say(f"collectives on {point.nodes} x {point.ranks_per_node} processes")
         try:
             found.append(runner.collectives(point))
         except StudyError as error:

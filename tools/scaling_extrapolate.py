@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cmpt.engine.traffic import parameter_fetches, parts_of, recipe_bytes
-from cmpt.models.flops import loss_flops
+from cmpt.engine.traffic import parts_of, recipe_bytes
+from cmpt.models.flops import forward_flops, loss_flops, recomputed_flops
 from cmpt.recipe.schema import Recipe
+from plan_memory import Sharding
+from plan_run import zero_calls
 from scaling_fit import Fit, Sample
 from step_model import COMMUNICATION, Link, Machine, Work, step_terms
 
@@ -46,7 +48,7 @@ class Shape:
             loss_flops=loss_flops(batch_size, rows, model.embed_dim or 0, self.recipe.loss.kind),
             stepped_elements=parameters / (world_size if engine.zero_stage and world_size > 1 else 1),
             sent_bytes=sent if world_size > 1 else {},
-            calls=_times_gathers(self.calls, engine.zero_stage, parameter_fetches(parts)),
+            calls=_times_gathers(self.calls, engine.zero_stage, gathers(self.recipe, self.sizes, parts)),
         )
 
 
@@ -56,7 +58,7 @@ def shape_of(samples: Sequence[Sample], recipe: Recipe, sizes: Sequence[Sequence
     parts = {sample.name: parts_of(recipe, sample.work.samples) for sample in samples}
     forward = [of.work.tower_flops / of.work.samples / passes(recipe, parts[of.name]) for of in samples]
     counted = [
-        _times_gathers(of.work.calls, of.zero_stage, 1 / parameter_fetches(parts[of.name]))
+        _times_gathers(of.work.calls, of.zero_stage, 1 / gathers(recipe, sizes, parts[of.name]))
         for of in samples
         if of.work.world_size > 1
     ]
@@ -66,14 +68,30 @@ def shape_of(samples: Sequence[Sample], recipe: Recipe, sizes: Sequence[Sequence
     return Shape(recipe, sizes, statistics.fmean(forward), calls, nccl)
 
 
-def passes(recipe: Recipe, parts: int) -> int:
-    """Of the towers in a step, in units of a forward pass: the backward pass is two, recomputed blocks count as one
-    and gradient caching brings one more (cmpt.models.flops.training_flops)."""
-    return 3 + recipe.model.activation_checkpointing + (parts > 1)
+def passes(recipe: Recipe, parts: int) -> float:
+    """Of the towers in a step, in units of a forward pass: the backward pass is two, gradient caching brings one more,
+    and recomputed blocks the share that they are of whole images and captions (cmpt.models.flops.training_flops)."""
+    model = recipe.model
+    recomputed = 0.0
+    if model.activation_checkpointing:
+        patches, words = (recipe.image.size // (model.patch_size or 1)) ** 2, model.context_length
+        again = recomputed_flops(model.vision, [patches + 1]) + recomputed_flops(model.text, [words])
+        recomputed = again / forward_flops(model, [patches], [words])
+    return 3 + recomputed + (parts > 1)
+
+
+def gathers(recipe: Recipe, sizes: Sequence[Sequence[int]], parts: int) -> float:
+    """How many times as often stage 3 gathers parameters with so many parts of gradient caching as without it."""
+    if parts == 1:
+        return 1.0
+    groups = [{str(number): size for number, size in enumerate(group)} for group in sizes]
+    sharding = Sharding(groups, recipe.engine, 2, averaged=False, touched=False)
+    with_parts, without = (zero_calls(sharding, of)["parameters"] for of in (parts, 1))
+    return with_parts / without if without else 1.0
 
 
 def _times_gathers(calls: Mapping[str, float], zero_stage: int, times: float) -> dict[str, float]:
-    """Stage 3 gathers its parameters once more for every fetch; nothing else comes more often."""
+    """Gradient caching makes stage 3 gather its parameters more often, and nothing else."""
     return {kind: count * times if (kind, zero_stage) == ("parameters", 3) else count for kind, count in calls.items()}
 
 

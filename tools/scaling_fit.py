@@ -14,7 +14,8 @@ What is fitted, all by robust least squares without negative values and of relat
     stragglers  the spread of compute that explains by how much the others wait for the slowest rank
     loader      samples per second where data were waited for at all
 
-Every point is predicted by a fit to all other points; of a point's repeats the one in the middle counts.
+Every point is predicted by a fit to all other points, and those with the most processes once more by a fit to those
+with fewer, which is what a forecast is. Of a point's repeats the one in the middle counts.
 """
 
 from __future__ import annotations
@@ -214,6 +215,17 @@ def held_out(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> dict
     return {
         sample.name: fit([other for other in samples if other is not sample], links).terms(sample) for sample in samples
     }
+
+
+def largest_held_out(samples: Sequence[Sample], links: Sequence[NodesLink] = ()) -> dict[str, dict[str, float]]:
+    """By point with the most processes: terms that a fit to all points with fewer predicts; the benchmark of its links
+    is not held out. Empty where there is one number of processes."""
+    most = max((sample.work.world_size for sample in samples), default=1)
+    fewer = [sample for sample in samples if sample.work.world_size < most]
+    if not fewer:
+        return {}
+    found = fit(fewer, links)
+    return {sample.name: found.terms(sample) for sample in samples if sample.work.world_size == most}
 
 
 def training_link(samples: Sequence[Sample], several_nodes: bool) -> Link | None:

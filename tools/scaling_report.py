@@ -17,7 +17,7 @@ from cmpt.models.clip import CLIP
 from cmpt.models.flops import peak_flops
 from cmpt.recipe.schema import Recipe
 from scaling_extrapolate import Curve, curve_of, shape_of
-from scaling_fit import Fit, Record, Sample, fit, held_out, read_links, samples_of, training_link
+from scaling_fit import Fit, Record, Sample, fit, held_out, largest_held_out, read_links, samples_of, training_link
 from scaling_study import Point, Study, describe, point_recipe
 from step_model import Link
 
@@ -55,6 +55,8 @@ class Report:
     """None where nothing was measured."""
     predicted: Mapping[str, Mapping[str, float]]
     """By point: terms predicted by a fit to the others."""
+    from_fewer: Mapping[str, Mapping[str, float]]
+    """By point with the most processes: terms predicted by a fit to those with fewer."""
     bytes: Mapping[str, Bytes]
     """By point with several ranks."""
     curves: Sequence[Curve]
@@ -77,15 +79,28 @@ class Report:
         return [abs(error) for sample in self.samples if (error := self.error(sample)) is not None]
 
     @property
+    def errors_from_fewer(self) -> dict[str, float]:
+        """By point with the most processes: its step as those with fewer foretell it against the measured one, as a
+        share."""
+        steps = {sample.name: sample.step_s for sample in self.samples}
+        return {name: sum(terms.values()) / steps[name] - 1 for name, terms in self.from_fewer.items()}
+
+    @property
     def caveats(self) -> list[str]:
         """What a reader of the forecasts has to know of this study."""
         if not self.curves:
             return []
-        found = []
+        most = max(sample.work.world_size for sample in self.samples)
+        found = [f"Measured with up to {most:,} processes; what is foretold for more was not checked."]
+        if off := [abs(error) for error in self.errors_from_fewer.values()]:
+            told = f"From the points with fewer processes alone those with {most:,} are foretold"
+            found.append(
+                f"{told} {100 * statistics.median(off):.0f} % off in the median, {100 * max(off):.0f} % at most."
+            )
         if not self.errors:
             found.append("No point could be held out: how far the model is off is not known.")
-        elif (off := statistics.median(self.errors)) > BAND:
-            told = f"On points that it was not fitted to, the model is {100 * off:.0f} % off in the median"
+        elif (middle := statistics.median(self.errors)) > BAND:
+            told = f"On points that it was not fitted to, the model is {100 * middle:.0f} % off in the median"
             found.append(f"{told}: what it foretells is no better than that.")
         assert self.fit is not None
         if max(sample.work.nodes for sample in self.samples) == 1:
@@ -149,7 +164,7 @@ def build(study: Study, points: Sequence[Point], records: Sequence[Record], coll
     sizes = model_sizes(recipes)
     samples = samples_of(records, recipes, {name: sum(map(sum, of_model)) for name, of_model in sizes.items()})
     if not samples:
-        return Report(study, records, [], None, {}, {}, [], {}, missing)
+        return Report(study, records, [], None, {}, {}, {}, [], {}, missing)
     nccl = samples[0].record["gpu"]
     benchmarked = read_links(collectives)
     found = fit(samples, benchmarked)
@@ -160,6 +175,7 @@ def build(study: Study, points: Sequence[Point], records: Sequence[Record], coll
         samples,
         found,
         held_out(samples, benchmarked),
+        largest_held_out(samples, benchmarked),
         {s.name: _bytes(s, recipes[s.name], sizes[s.name], nccl) for s in samples if s.work.world_size > 1},
         _curves(study, samples, recipes, sizes, nccl, found),
         {name: link for name, link in links.items() if link is not None},

@@ -164,7 +164,7 @@ class Runner:
                 output.write(f"error: not done after {self.study.timeout_minutes:g} minutes (timeout_minutes)\n")
                 return 124
             finally:
-                _end(process)
+                end(process)
 
     def launcher(self, point: Point) -> list[str]:
         """The command line of `deepspeed` up to the script."""
@@ -235,12 +235,14 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """The launcher and all it has started here; an interrupt first, on which it ends what it has started elsewhere."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_INTERRUPT_GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_INTERRUPT_GRACE_S)
+    finally:  # a second interrupt too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -78,7 +78,8 @@ def _fit_lines(report: Report) -> list[str]:
     for key, link, source in report.links:
         place = {"inside": "inside a node", "between": "between nodes"}[key]
         lines.append(f"- link {place}: {link_text(link)} ({source})")
-    lines.append(f"- spread of compute over ranks: {100 * found.straggler_deviation:.1f} %")
+    if max(sample.work.world_size for sample in report.samples) > 1:
+        lines.append(f"- spread of compute over ranks: {100 * found.straggler_deviation:.1f} %")
     if report.errors:
         worst, middle = max(report.errors), statistics.median(report.errors)
         lines.append(f"- every point predicted by a fit to the others: {100 * middle:.1f} % off in the median, "
@@ -202,6 +203,7 @@ def write_json(report: Report, path: Path) -> None:
             "mfu": report.mfu,
             "fit": plain,
             "errors": {sample.name: report.error(sample) for sample in report.samples},
+            "errors_from_fewer_processes": report.errors_from_fewer,
             "bytes_apart": max((sent.apart for sent in report.bytes.values()), default=None),
             "training_links": {name: asdict(link) for name, link in report.training_links.items()},
             "curves": [

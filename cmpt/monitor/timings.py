@@ -28,6 +28,7 @@ _SENT_COLUMN = 8  # of the numbers behind the colon: bytes transmitted
 _INTERFACES = Path("/sys/class/net")
 _INFINIBAND = Path("/sys/class/infiniband")
 _INFINIBAND_WORD_BYTES = 4
+_ARPHRD_INFINIBAND = 32  # linux/if_arp.h: an interface that sends through an InfiniBand port
 
 
 class Timings:
@@ -81,7 +82,8 @@ def wire_bytes() -> int:
     """Sent by this host's network interfaces, InfiniBand ports included; 0 where they cannot be read.
 
     What the kernel counts, headers and repetitions included: independent of every count of our own. Left out are the
-    loopback, interfaces that send through others (bridges, bonds, VLANs), and InfiniBand ports without a counter.
+    loopback, interfaces that send through others (bridges, bonds, VLANs, IP over InfiniBand), and InfiniBand ports
+    without a counter.
     """
     try:
         lines = [line.partition(":") for line in _NETWORK.read_text().splitlines()[2:]]
@@ -95,4 +97,9 @@ def wire_bytes() -> int:
 
 
 def _sends_itself(interface: str) -> bool:
-    return interface != "lo" and not any((_INTERFACES / interface).glob("lower_*"))
+    folder = _INTERFACES / interface
+    try:
+        over_infiniband = int((folder / "type").read_text()) == _ARPHRD_INFINIBAND
+    except (OSError, ValueError):
+        over_infiniband = False
+    return interface != "lo" and not over_infiniband and not any(folder.glob("lower_*"))

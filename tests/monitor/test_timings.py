@@ -87,10 +87,13 @@ def test_bytes_on_the_wire_come_from_the_kernel() -> None:
 
 
 def test_bytes_that_pass_two_interfaces_of_a_host_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"lo": 1000, "eth0": 200, "bond0": 200, "eth1": 30}
+    counts = {"lo": 1000, "eth0": 200, "bond0": 200, "eth1": 30, "ib0": 50}
     rows = [f"  {name}: " + " ".join(["9"] * 8 + [str(sent)] + ["9"] * 7) for name, sent in counts.items()]
     (tmp_path / "dev").write_text("\n".join(["Inter-|", " face |", *rows]) + "\n")
     (tmp_path / "net/bond0/lower_eth0").mkdir(parents=True)
+    for name, kind in (("eth1", "1"), ("ib0", "32")):
+        (tmp_path / "net" / name).mkdir()
+        (tmp_path / "net" / name / "type").write_text(f"{kind}\n")
     for port, count in (("1", "5\n"), ("2", "N/A\n")):
         counters = tmp_path / f"infiniband/mlx5_0/ports/{port}/counters"
         counters.mkdir(parents=True)

@@ -389,7 +389,7 @@ def test_what_a_study_writes_can_be_read(tmp_path: Path) -> None:
     terms = {**dict.fromkeys(TERMS, 0.0), "compute": 0.1}
     record = {"device": "NVIDIA H100 80GB HBM3"}
     sample = Sample("weak", record, 1, Work(8, 8, 256, 2e13, 0, 1, {}, {}), terms, 0.1)
-    report = Report(None, [], [sample], fitted, {}, {}, [], {}, 0)  # type: ignore[arg-type]
+    report = Report(None, [], [sample], fitted, {}, {}, {}, [], {}, 0)  # type: ignore[arg-type]
     write_json(report, tmp_path / "fit.json")
     measured = read_fit(str(tmp_path / "fit.json"))
     assert measured.mfu == pytest.approx(2e13 / 0.1 / peak_flops(record["device"]))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from small_studies import study, study_file
 import scaling
 from bench_collectives import CollectivesError, read_collectives
 from scaling_read import MEASURED_TERMS, TimingsError, measured, read_timings
-from scaling_run import Runner, StudyError, cause_of
+from scaling_run import Runner, StudyError, cause_of, end
 from scaling_study import study_hosts, study_points
 
 SCALING = [sys.executable, str(REPOSITORY / "tools/scaling.py")]
@@ -126,6 +127,23 @@ def test_a_launcher_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StudyError, match="no `deepspeed` beside"):
         runner.launcher(study_points(runner.study, {})[0])
+
+
+def test_simulate_behind_a_study_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        scaling.main([str(study_file(tmp_path, **QUICK)), "--simulate"])
+    assert ended.value.code == 2 and "--simulate: must be the first option" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_what_does_not_hear_the_first() -> None:
+    deaf = "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline()
+    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    again.start()
+    with pytest.raises(KeyboardInterrupt):
+        end(process)
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
