@@ -93,10 +93,10 @@ class Report:
         most = max(sample.work.world_size for sample in self.samples)
         found = [f"Measured with up to {most:,} processes; what is foretold for more was not checked."]
         if off := [abs(error) for error in self.errors_from_fewer.values()]:
-            told = f"From the points with fewer processes alone those with {most:,} are foretold"
-            found.append(
-                f"{told} {100 * statistics.median(off):.0f} % off in the median, {100 * max(off):.0f} % at most."
-            )
+            alone = sorted({sample.work.world_size for sample in self.samples})[-2] == 1
+            fewer = "single processes alone, which show nothing of collectives," if alone else "fewer processes alone"
+            told = f"{100 * statistics.median(off):.0f} % off in the median, {100 * max(off):.0f} % at most"
+            found.append(f"From {fewer} the points with {most:,} are foretold {told}.")
         if not self.errors:
             found.append("No point could be held out: how far the model is off is not known.")
         elif (middle := statistics.median(self.errors)) > BAND:
