@@ -20,6 +20,8 @@ class Gpu:
     name: str
     peak_bf16_flops: float
     """Dense, per second (NVIDIA data sheet)."""
+    peak_fp32_flops: float
+    """Without tensor cores: TF32 is off in torch unless one asks for it, and cmpt does not (NVIDIA data sheet)."""
     memory_bytes: int
     """In all, as nvidia-smi reports it (public; not read here)."""
     memory_bytes_per_s: float
@@ -34,6 +36,10 @@ class Gpu:
     """Share of the peak that a public figure of another trainer gives for CLIP."""
     mfu_source: str
 
+    def peak_flops(self, precision: str) -> float:
+        """Of engine.precision."""
+        return self.peak_fp32_flops if precision == "fp32" else self.peak_bf16_flops
+
 
 _A100 = "OpenCLIP on A100, 9 to 30 %"
 _H100 = "NeMo CLIP on H100, 21 %"
@@ -45,12 +51,25 @@ _PCIE_4, _PCIE_5 = 32e9, 64e9
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h200", PEAK_BF16["H200"], 143_771 * MIB, 4.8e12, 450e9, _PCIE_5, 400e9, NEMO_H100_MFU, _ELSEWHERE),
-        Gpu("h100", PEAK_BF16["H100"], 81_559 * MIB, 3.35e12, 450e9, _PCIE_5, 400e9, NEMO_H100_MFU, _H100),
-        Gpu("a100", PEAK_BF16["A100"], 81_920 * MIB, 2.039e12, 300e9, _PCIE_4, 200e9, OPENCLIP_A100_MFU, _A100),
-        Gpu("a100-40", PEAK_BF16["A100"], 40_960 * MIB, 1.555e12, 300e9, _PCIE_4, 200e9, OPENCLIP_A100_MFU, _A100),
-        Gpu("l40s", 362.05e12, 46_068 * MIB, 864e9, _PCIE_4, _PCIE_4, None, NEMO_H100_MFU, _ELSEWHERE),
-        Gpu("b200", 2250e12, 183_359 * MIB, 8e12, 900e9, _PCIE_5, 400e9, NEMO_H100_MFU, _ELSEWHERE),
+        Gpu("h200", PEAK_BF16["H200"], 67e12, 143_771 * MIB, 4.8e12, 450e9, _PCIE_5, 400e9, NEMO_H100_MFU, _ELSEWHERE),
+        Gpu("h100", PEAK_BF16["H100"], 67e12, 81_559 * MIB, 3.35e12, 450e9, _PCIE_5, 400e9, NEMO_H100_MFU, _H100),
+        Gpu(
+            "a100", PEAK_BF16["A100"], 19.5e12, 81_920 * MIB, 2.039e12, 300e9, _PCIE_4, 200e9, OPENCLIP_A100_MFU, _A100
+        ),
+        Gpu(
+            "a100-40",
+            PEAK_BF16["A100"],
+            19.5e12,
+            40_960 * MIB,
+            1.555e12,
+            300e9,
+            _PCIE_4,
+            200e9,
+            OPENCLIP_A100_MFU,
+            _A100,
+        ),
+        Gpu("l40s", PEAK_BF16["L40S"], 91.6e12, 46_068 * MIB, 864e9, _PCIE_4, _PCIE_4, None, NEMO_H100_MFU, _ELSEWHERE),
+        Gpu("b200", PEAK_BF16["B200"], 75e12, 183_359 * MIB, 8e12, 900e9, _PCIE_5, 400e9, NEMO_H100_MFU, _ELSEWHERE),
     )
 }
 ALIASES = {"a100-80": "a100"}

@@ -50,6 +50,7 @@ ASSUMED = {
     "images_per_core": LOADER_IMAGES_PER_CORE,
     "storage_gb_per_s": 2.0,
     "reserve_gib": 3.0,
+    "host_memory_gb_per_s": 300.0,
 }
 """Defaults of options; each is printed as assumed, or with where it was measured, beside the figures that it makes."""
 POSITIVE = (
@@ -64,6 +65,7 @@ POSITIVE = (
     "images_per_core",
     "cores_per_gpu",
     "storage_gb_per_s",
+    "host_memory_gb_per_s",
     "samples_per_epoch",
 )
 
@@ -109,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
         "image_kb": ("K", "mean bytes / 1000 of an encoded image"),
         "images_per_core": ("R", "that a core decodes in a second; the default was measured"),
         "storage_gb_per_s": ("X", "read by all nodes together"),
+        "host_memory_gb_per_s": ("X", "of a node, for engine.offload_optimizer"),
     }
     for name, (metavar, what) in told.items():
         made.add_argument(_option(name), type=float, metavar=metavar, help=f"{what} ({ASSUMED[name]:g})")
@@ -134,7 +137,8 @@ def planned(options: argparse.Namespace) -> tuple[Job, list[str]]:
     samples = options.samples_per_epoch
     if samples is None:
         recipe, samples = without_epochs(recipe), 1
-    return Job(recipe, cluster, options.caption_tokens, 1e3 * options.image_kb, samples, cluster.machine()), faults
+    machine = cluster.machine(recipe.engine)
+    return Job(recipe, cluster, options.caption_tokens, 1e3 * options.image_kb, samples, machine), faults
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
@@ -165,7 +169,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         raise ValueError(f"--reserve-gib {options.reserve_gib:g}: leaves no memory")
     mfu, mfu_source = gpu.mfu, f"{gpu.mfu_source}; cmpt's own is not measured on a GPU"
     if measured is not None and measured.mfu is not None:
-        mfu, mfu_source = measured.mfu, f"measured on {measured.device}, {options.fit}"
+        mfu, mfu_source = measured.mfu, _source(options, measured)
     if options.mfu is not None:
         mfu, mfu_source = options.mfu, "given with --mfu"
     return Cluster(
@@ -174,6 +178,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         gpu=gpu,
         mfu=mfu,
         mfu_source=mfu_source,
+        mfu_given=options.mfu is not None,
         inside=_inside(options, gpu, measured),
         between=_between(options, gpu, measured),
         memory_bytes=memory,
@@ -182,6 +187,8 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         images_per_core=options.images_per_core,
         cores_per_gpu=options.cores_per_gpu,
         storage_bytes_per_s=1e9 * options.storage_gb_per_s,
+        host_memory_bytes_per_s=1e9 * options.host_memory_gb_per_s,
+        fit_device=None if measured is None else measured.device,
         price_per_gpu_hour=options.price_per_gpu_hour,
     )
 
@@ -190,7 +197,7 @@ def _inside(options: argparse.Namespace, gpu: Gpu, measured: Measured | None) ->
     given = None if options.nvlink_gb_per_s is None else 1e9 * options.nvlink_gb_per_s
     public = KnownLink(Link(LATENCY_INSIDE_S, gpu.link_bytes_per_s), "data sheet", "assumed")
     found = None if measured is None else measured.inside
-    return _known(public, found, options.fit, given, "--nvlink-gb-per-s")
+    return _known(public, found, _source(options, measured), given, "--nvlink-gb-per-s")
 
 
 def _between(options: argparse.Namespace, gpu: Gpu, measured: Measured | None) -> KnownLink:
@@ -202,12 +209,16 @@ def _between(options: argparse.Namespace, gpu: Gpu, measured: Measured | None) -
         raise ValueError(f"--network-gbit-per-node: {told}")
     bandwidth = (gpu.network_bits_per_s or math.inf) / 8 * options.gpus_per_node
     public = KnownLink(Link(LATENCY_BETWEEN_S, bandwidth), "NVIDIA's DGX", "assumed")
-    return _known(public, found, options.fit, given, "--network-gbit-per-node")
+    return _known(public, found, _source(options, measured), given, "--network-gbit-per-node")
 
 
-def _known(public: KnownLink, measured: Link | None, fit: str, given: float | None, option: str) -> KnownLink:
-    """The best of what is known of a link; `given`: its bytes per second."""
-    known = public if measured is None else KnownLink(measured, f"measured, {fit}", f"measured, {fit}")
+def _source(options: argparse.Namespace, measured: Measured | None) -> str:
+    return "" if measured is None else f"measured on {measured.device}, {options.fit}"
+
+
+def _known(public: KnownLink, measured: Link | None, source: str, given: float | None, option: str) -> KnownLink:
+    """The best of what is known of a link; `source`: of the measured one; `given`: its bytes per second."""
+    known = public if measured is None else KnownLink(measured, source, source)
     if given is None:
         return known
     return KnownLink(Link(known.link.latency_s, given), f"given with {option}", known.latency_source)

@@ -31,6 +31,8 @@ LATENCY_INSIDE_S, LATENCY_BETWEEN_S = 5e-6, 10e-6
 """Assumed, per round of a collective; tools/bench_collectives.py measures them."""
 ADAMW_BYTES = 7 * FP32
 """Per element: AdamW reads weight, gradient and two moments and writes all but the gradient."""
+OFFLOAD_BYTES = 2 * FP32
+"""Per element: an optimizer on the host gets the gradient from the GPU and gives the weight back."""
 FEATURE_CALLS, CONTROL_CALLS = 2, 2
 """Of a step, whatever the stage: the gather of embeddings and of its gradient; the sum of counts (engine/counts.py, on
 GPUs through gloo) and that of the loss and the norms (engine/sharded.py)."""
@@ -54,6 +56,7 @@ class Cluster:
     gpu: Gpu
     mfu: float
     mfu_source: str
+    mfu_given: bool
     inside: KnownLink
     between: KnownLink
     memory_bytes: float
@@ -65,6 +68,10 @@ class Cluster:
     cores_per_gpu: float | None = None
     """Of the node; None: not known."""
     storage_bytes_per_s: float = 2e9
+    host_memory_bytes_per_s: float = 300e9
+    """Of a node, read and written together; what its GPUs share where the optimizer is offloaded."""
+    fit_device: str | None = None
+    """What the study of --fit ran on."""
     price_per_gpu_hour: float | None = None
     assumed: frozenset[str] = frozenset()
     """Options that were not given, so that their values are assumptions."""
@@ -77,11 +84,15 @@ class Cluster:
         """How the value of an option came about."""
         return f"assumed; {option}" if option in self.assumed else f"given with {option}"
 
-    def machine(self) -> Machine:
-        """Nothing of a collective is hidden by compute."""
+    def machine(self, engine: Engine) -> Machine:
+        """Nothing of a collective is hidden by compute, nor of an offloaded optimizer."""
+        per_element = ADAMW_BYTES / self.gpu.memory_bytes_per_s
+        if engine.offload_optimizer:
+            of_gpu = self.host_memory_bytes_per_s / self.gpus_per_node
+            per_element = OFFLOAD_BYTES / self.gpu.host_bytes_per_s + ADAMW_BYTES / of_gpu
         return Machine(
-            flops_per_s=self.gpu.peak_bf16_flops * self.mfu,
-            optimizer_elements_per_s=self.gpu.memory_bytes_per_s / ADAMW_BYTES,
+            flops_per_s=self.gpu.peak_flops(engine.precision) * self.mfu,
+            optimizer_elements_per_s=1 / per_element,
             inside=self.inside.link,
             between=self.between.link,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpus import GIB
 from plan_memory import Peak
-from plan_run import ADAMW_BYTES, Job, KnownLink, PhasePlan
+from plan_run import ADAMW_BYTES, OFFLOAD_BYTES, Job, KnownLink, PhasePlan
 from step_model import TERMS
 
 STAGES = (0, 1, 2, 3)
@@ -147,16 +147,24 @@ def memory_tables(job: Job, memory: MemoryTable) -> list[Table]:
 
 def time(job: Job) -> Table:
     plans, cluster = job.phase_plans, job.cluster
-    peak, bandwidth = cluster.gpu.peak_bf16_flops / 1e12, cluster.gpu.memory_bytes_per_s / 1e12
+    engine, gpu = job.recipe.engine, cluster.gpu
+    peak = f"{gpu.peak_flops(engine.precision) / 1e12:g} TFLOP/s {engine.precision}"
     hours, price = job.hours * job.world_size, cluster.price_per_gpu_hour
     hows = {
-        "compute": f"tower FLOPs of a GPU / ({peak:g} TFLOP/s bf16 (data sheet) x MFU {cluster.mfu:.3g})",
+        "compute": f"tower FLOPs of a GPU / ({peak} (data sheet) x MFU {cluster.mfu:.3g})",
         "loss": "FLOPs of a GPU's rows of logits / the same",
-        "optimizer": f"stepped elements x {ADAMW_BYTES} bytes / {bandwidth:g} TB/s (data sheet)",
+        "optimizer": f"stepped elements x {ADAMW_BYTES} bytes / {gpu.memory_bytes_per_s / 1e12:g} TB/s (data sheet)",
         "features": "bytes below / link, and latency; nothing is taken as hidden by compute",
         "stragglers": "not in the plan: a fitted machine has them",
         "data": "none, if the loader keeps up (below)",
     }
+    if engine.offload_optimizer:
+        pcie, memory = gpu.host_bytes_per_s / 1e9, cluster.host_memory_bytes_per_s / 1e9
+        hows["optimizer"] = (
+            f"on the host: stepped elements x ({OFFLOAD_BYTES} bytes / PCIe's {pcie:g} GB/s (data sheet; assumed "
+            f"reached) + {ADAMW_BYTES} bytes / a GPU's share of {memory:g} GB/s of host memory "
+            f"({cluster.how('--host-memory-gb-per-s')}))"
+        )
     rows: list[list[str]] = []
 
     def each(title: str, show: Callable[[PhasePlan], str], how: str) -> None:

@@ -23,6 +23,7 @@ STALL_SHARE = 0.01
 
 
 def warnings(job: Job, memory: MemoryTable) -> Iterator[str]:
+    yield from _figures(job)
     yield from _split(job)
     yield from _shards(job)
     yield from _memory(job, memory)
@@ -30,6 +31,18 @@ def warnings(job: Job, memory: MemoryTable) -> Iterator[str]:
     yield from _decoding(job)
     yield from _network(job)
     yield from _checkpoints(job)
+
+
+def _figures(job: Job) -> Iterator[str]:
+    """Where those behind the time of a step are of something else."""
+    cluster, precision = job.cluster, job.recipe.engine.precision
+    gpu, device = cluster.gpu, cluster.fit_device
+    if device is not None and gpu.name.split("-")[0].upper() not in device.upper():
+        yield f"--fit was measured on {device}, not on {gpu.name}: what it says of links and MFU need not hold here"
+    if precision == "fp32":
+        full, plain = gpu.peak_bf16_flops / 1e12, gpu.peak_fp32_flops / 1e12
+        told = f"engine.precision=fp32 leaves the tensor cores idle: {plain:g} TFLOP/s at most, where bf16 has {full:g}"
+        yield told + ("" if cluster.mfu_given else "; the MFU is one of bf16, so the time says little (--mfu)")
 
 
 def _split(job: Job) -> Iterator[str]:

@@ -69,9 +69,20 @@ def loss_flops(global_batch: int, rows: float, embed_dim: int, kind: str) -> flo
     return (2 if kind == "infonce" else 1) * 3 * 2.0 * rows * global_batch * embed_dim
 
 
-# Dense bf16 peak in FLOP/s by a part of the device's name (NVIDIA data sheets); None elsewhere: MFU is then unknown.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bf16 peak in FLOP/s by a part of the device's name, the first that fits (NVIDIA data sheets).
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362.05e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
 
 
 def peak_flops(device_name: str) -> float | None:
+    """None for other devices, whose MFU is then unknown; H100 NVL is one of them."""
+    if "NVL" in device_name:
+        return None
     return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

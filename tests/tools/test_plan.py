@@ -113,8 +113,41 @@ def test_a_faster_machine_can_be_passed_in() -> None:
 
 
 def test_peaks_are_those_of_the_flops_table() -> None:
-    for name, device in (("h200", "NVIDIA H200"), ("h100", "NVIDIA H100 80GB HBM3"), ("a100", "NVIDIA A100-SXM4-80GB")):
+    devices = {
+        "h200": "NVIDIA H200", "h100": "NVIDIA H100 80GB HBM3", "a100": "NVIDIA A100-SXM4-80GB", "l40s": "NVIDIA L40S",
+        "b200": "NVIDIA B200", "a100-40": "NVIDIA A100-PCIE-40GB",
+    }  # fmt: skip
+    assert devices.keys() == gpus.GPUS.keys()
+    for name, device in devices.items():
         assert gpus.find_gpu(name).peak_bf16_flops == peak_flops(device)
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA GB200") == 2500e12
+    assert peak_flops("NVIDIA H100 NVL") is peak_flops("AMD EPYC") is None
+
+
+def test_an_offloaded_optimizer_is_as_fast_as_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    """Per element: 8 bytes over PCIe, and 28 of host memory that the GPUs of the node share."""
+    on_gpu, on_host = job(), job("engine.offload_optimizer=true", "--host-memory-gb-per-s=200")
+    elements = on_host.elements / 8
+    expected = elements * (8 / 64e9 + 28 / (200e9 / 4))
+    assert on_host.phase_plans[0].terms["optimizer"] == pytest.approx(expected)
+    assert on_gpu.phase_plans[0].terms["optimizer"] == pytest.approx(elements * 28 / 3.35e12)
+    main([*SMALL, "engine.offload_optimizer=true"])
+    told = capsys.readouterr().out
+    assert "on the host: stepped elements x (8 bytes / PCIe's 64 GB/s" in told
+    assert "28 bytes / a GPU's share of 300 GB/s of host memory (assumed; --host-memory-gb-per-s)" in told
+
+
+def test_fp32_has_no_tensor_cores() -> None:
+    bf16, fp32 = job(), job("engine.precision=fp32")
+    times = fp32.phase_plans[0].terms["compute"] / bf16.phase_plans[0].terms["compute"]
+    assert times == pytest.approx(989 / 67)
+    assert "67 TFLOP/s at most, where bf16 has 989; the MFU is one of bf16" in said("engine.precision=fp32")
+    assert "; the MFU is one" not in said("engine.precision=fp32", "--mfu=0.5") and "tensor cores" not in said()
+
+
+def test_links_of_another_device_are_warned_of(tmp_path: Path) -> None:
+    assert "--fit was measured on AMD EPYC, not on h100" in said(fit_file(tmp_path / "fit.json", device="AMD EPYC"))
+    assert "--fit was measured" not in said(fit_file(tmp_path / "fit.json")) + said()
 
 
 def test_report_needs_no_data_and_says_how_each_figure_came_about(
@@ -369,7 +402,7 @@ def test_a_study_gives_mfu_and_links_and_options_win(tmp_path: Path) -> None:
     assert (plan.machine.inside.bytes_per_s, plan.machine.between.latency_s) == (3e11, 4e-5)
     shown = "\n".join(table.text() for table in tables(plan, MemoryTable.of(plan)))
     assert f"measured on NVIDIA H100 80GB HBM3, {tmp_path}" in shown
-    assert f"800 Gbit/s per node (measured, {tmp_path}" in shown and "assumed)." not in shown
+    assert f"800 Gbit/s per node (measured on NVIDIA H100 80GB HBM3, {tmp_path}" in shown and "assumed)." not in shown
     given = job(fit, "--mfu=0.3", "--network-gbit-per-node=1600", "--nvlink-gb-per-s=100")
     assert (given.cluster.mfu, given.cluster.mfu_source) == (0.3, "given with --mfu")
     assert (given.machine.inside.bytes_per_s, given.machine.between.bytes_per_s) == (1e11, 2e11)
