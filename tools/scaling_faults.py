@@ -69,12 +69,10 @@ class Faults:
 
     @property
     def mean_speed(self) -> float:
-        """Of the speed of all nodes, about."""
-        absent = self.repair_s / self.mtbf_s if self.when_lost == "fewer" else 0.0
-        if not self.has_stragglers:
-            return self.share(min(round(absent), self.nodes))
-        covered = -math.expm1(-self.slow_per_node_s * self.nodes * self.slow_length_s)
-        return self.share(min(round(absent), self.nodes)) / (1 + covered * (self.slow_factor - 1))
+        """Over the run, of the speed of all nodes; about."""
+        lost = min(self.repair_s, self.work_s / 2) / self.mtbf_s if self.when_lost == "fewer" else 0.0
+        covered = -math.expm1(-self.slow_per_node_s * self.nodes * self.slow_length_s)  # spells of nodes overlap
+        return self.share(min(round(lost), self.nodes)) / (1 + covered * (self.slow_factor - 1))
 
     @property
     def pause_s(self) -> float:

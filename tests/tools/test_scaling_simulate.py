@@ -228,6 +228,11 @@ def test_several_nodes_are_lost_and_come_back_one_by_one_or_when_more_of_them_ar
     assert meanwhile.lost_s["fewer hosts"] == pytest.approx((4000 - 1500) / 2)
 
 
+def test_nodes_that_are_never_repaired_do_not_end_a_short_run() -> None:
+    faults = replace(PLAIN, work_s=3 * DAY_S, nodes=64, when_lost="fewer", repair_s=1e9 * HOUR_S)
+    assert all(run.lost_s["fewer hosts"] <= 0.1 * DAY_S * run.faults for run in trials(faults, 1500, 20, seed=0))
+
+
 def test_intervals_at_which_a_run_would_never_end_are_told_beside_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
