@@ -21,7 +21,8 @@ class Gpu:
     peak_bf16_flops: float
     """Dense, per second (NVIDIA data sheet)."""
     peak_fp32_flops: float
-    """Without tensor cores: TF32 is off in torch unless one asks for it, and cmpt does not (NVIDIA data sheet)."""
+    """Without tensor cores: torch's matrix products use no TF32 unless one asks for it, and cmpt does not (NVIDIA data
+    sheet)."""
     memory_bytes: int
     """In all, as nvidia-smi reports it (public; not read here)."""
     memory_bytes_per_s: float

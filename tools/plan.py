@@ -137,6 +137,13 @@ def planned(options: argparse.Namespace) -> tuple[Job, list[str]]:
     samples = options.samples_per_epoch
     if samples is None:
         recipe, samples = without_epochs(recipe), 1
+    if (
+        recipe.engine.precision == "fp32"
+        and cluster.fit_device is not None
+        and cluster.fit_device in cluster.mfu_source
+    ):
+        told = "its MFU is a share of the bf16 peak; with engine.precision=fp32 give --mfu, a share of"
+        raise ValueError(f"--fit {options.fit}: {told} {cluster.gpu.peak_fp32_flops / 1e12:g} TFLOP/s")
     machine = cluster.machine(recipe.engine)
     return Job(recipe, cluster, options.caption_tokens, 1e3 * options.image_kb, samples, machine), faults
 

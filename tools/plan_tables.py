@@ -162,7 +162,7 @@ def time(job: Job) -> Table:
         pcie, memory = gpu.host_bytes_per_s / 1e9, cluster.host_memory_bytes_per_s / 1e9
         hows["optimizer"] = (
             f"on the host: stepped elements x ({OFFLOAD_BYTES} bytes / PCIe's {pcie:g} GB/s (data sheet; assumed "
-            f"reached) + {ADAMW_BYTES} bytes / a GPU's share of {memory:g} GB/s of host memory "
+            f"reached) + {ADAMW_BYTES} bytes (a fused AdamW) / a GPU's share of {memory:g} GB/s of host memory "
             f"({cluster.how('--host-memory-gb-per-s')}))"
         )
     rows: list[list[str]] = []

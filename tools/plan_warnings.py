@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cmpt.models.flops import peak_flops
 from gpus import GIB
 from plan_run import Job, nearest_counts
 from plan_tables import (
@@ -37,8 +38,11 @@ def _figures(job: Job) -> Iterator[str]:
     """Where those behind the time of a step are of something else."""
     cluster, precision = job.cluster, job.recipe.engine.precision
     gpu, device = cluster.gpu, cluster.fit_device
-    if device is not None and gpu.name.split("-")[0].upper() not in device.upper():
-        yield f"--fit was measured on {device}, not on {gpu.name}: what it says of links and MFU need not hold here"
+    if device is not None:
+        sources = (cluster.mfu_source, cluster.inside.bandwidth_source, cluster.between.bandwidth_source)
+        same = gpu.name.split("-")[0].upper() in device.upper() and peak_flops(device) == gpu.peak_bf16_flops
+        if not same and any(device in source for source in sources):
+            yield f"--fit was measured on {device}, not on this {gpu.name}: what is taken from it need not hold here"
     if precision == "fp32":
         full, plain = gpu.peak_bf16_flops / 1e12, gpu.peak_fp32_flops / 1e12
         told = f"engine.precision=fp32 leaves the tensor cores idle: {plain:g} TFLOP/s at most, where bf16 has {full:g}"

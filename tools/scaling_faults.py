@@ -7,9 +7,10 @@ import itertools
 import math
 import random
 import statistics
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 _HOPELESS = 5.0
@@ -67,12 +68,21 @@ class Faults:
     def has_closed_form(self) -> bool:
         return self.when_lost != "fewer" and not self.has_stragglers
 
-    @property
+    @functools.cached_property
     def mean_speed(self) -> float:
-        """Over the run, of the speed of all nodes; about."""
+        """Over the run, of the speed of all nodes; about. How many are absent is taken as Poisson's."""
         lost = min(self.repair_s, self.work_s / 2) / self.mtbf_s if self.when_lost == "fewer" else 0.0
         covered = -math.expm1(-self.slow_per_node_s * self.nodes * self.slow_length_s)  # spells of nodes overlap
-        return self.share(min(round(lost), self.nodes)) / (1 + covered * (self.slow_factor - 1))
+        share = 1.0
+        if 0 < lost < self.nodes:
+            near = 8 * math.sqrt(lost) + 4
+            counts = range(max(0, math.floor(lost - near)), min(self.nodes, math.ceil(lost + near)) + 1)
+            weights = [math.exp(count * math.log(lost) - lost - math.lgamma(count + 1)) for count in counts]
+            shares = (weight * self.share(count) for count, weight in zip(counts, weights, strict=True))
+            share = sum(shares) / sum(weights)
+        elif lost:
+            share = self.share(self.nodes)
+        return share / (1 + covered * (self.slow_factor - 1))
 
     @property
     def pause_s(self) -> float:
@@ -146,19 +156,28 @@ def daly_wall_s(faults: Faults, interval_s: float) -> float:
 
 def expected_wall_s(faults: Faults, interval_s: float) -> float:
     """Daly's, with a restart that is longer by the repair that is waited for and by write_s - stall_s: k intervals are
-    kept where a fault comes after k periods and that time, which is e^(-(W - C)/M) times as likely as without it.
+    kept where a fault comes after k periods and that time, which is e^(-(W - C)/M) times as likely as without it. The
+    last interval has no checkpoint.
 
     Fewer nodes or stragglers count by the mean speed, which is no more than near.
     """
-    again_s, speed = faults.pause_s + faults.write_s - faults.stall_s, faults.mean_speed
-    return daly_wall_s(replace(faults, restart_s=again_s, work_s=faults.work_s / speed), interval_s / speed)
+    work_s, interval_s = faults.work_s / faults.mean_speed, interval_s / faults.mean_speed
+    before = max(0, math.ceil(work_s / interval_s - 1e-9) - 1)
+    last_s, mtbf, period_s = work_s - before * interval_s, faults.mtbf_s, interval_s + faults.stall_s
+    again_s = faults.pause_s + faults.write_s - faults.stall_s
+    if math.isinf(mtbf):
+        return work_s + before * faults.stall_s
+    if (min(period_s, work_s) + again_s) / mtbf > 500:
+        return math.inf
+    end_s = mtbf * math.exp(faults.pause_s / mtbf) * math.expm1(last_s / mtbf)
+    return end_s + (before and before * mtbf * math.exp(again_s / mtbf) * math.expm1(period_s / mtbf))
 
 
 def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
     """One run with a checkpoint after every `interval_s` useful seconds. Raises Refused where it takes too long."""
     limit_s = faults.work_s + faults.pause_s
     if expected_wall_s(faults, interval_s) > _HOPELESS * limit_s:
-        raise _too_long(faults, interval_s, f"is expected to take more than {_HOPELESS:g} times its work")
+        raise _too_long(faults, interval_s, f"is expected to take more than {_HOPELESS:g} times its work and a pause")
     run, saved = Played(), 0.0
     up_s = _uptime(faults, draw)
     absent: deque[float] = deque()  # wall seconds at which lost nodes are back, with "fewer"; the next one first
@@ -192,7 +211,7 @@ def play(faults: Faults, interval_s: float, draw: random.Random) -> Played:
         if up_s == 0:
             up_s = _come_back(faults, run, absent, draw)
         run.course.append((run.wall_s, saved))
-    raise _too_long(faults, interval_s, f"takes more than {_HOPELESS_PLAYED:g} times its work")
+    raise _too_long(faults, interval_s, f"takes more than {_HOPELESS_PLAYED:g} times its work and a pause")
 
 
 def _fewer(faults: Faults, absent: deque[float], now_s: float) -> tuple[float, float, int]:
@@ -200,10 +219,11 @@ def _fewer(faults: Faults, absent: deque[float], now_s: float) -> tuple[float, f
     while absent and absent[0] <= now_s:
         absent.popleft()
     share = faults.share(len(absent))
-    for back, time_s in enumerate(absent, start=1):
-        if faults.share(len(absent) - back) > share:
-            return share, time_s - now_s, back
-    return share, math.inf, 0
+    if faults.share(0) == share:
+        return share, math.inf, 0
+    counts = range(1, len(absent) + 1)
+    back = counts[bisect_left(counts, True, key=lambda count: faults.share(len(absent) - count) > share)]
+    return share, absent[back - 1] - now_s, back
 
 
 def _too_long(faults: Faults, interval_s: float, why: str) -> Refused:
@@ -236,7 +256,7 @@ def _come_back(faults: Faults, run: Played, absent: deque[float], draw: random.R
 
 def _slowdown(faults: Faults, length_s: float, draw: random.Random) -> float:
     """How much longer steps take over a stretch in which some node is slow for part of the time."""
-    if not faults.has_stragglers:
+    if not faults.has_stragglers or length_s <= 0:
         return 1.0
     expected = faults.slow_per_node_s * faults.nodes * length_s
     spells = max(0.0, draw.gauss(expected, math.sqrt(expected)))

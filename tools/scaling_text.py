@@ -74,7 +74,7 @@ def _fit_lines(report: Report) -> list[str]:
         lines.append(f"- compute, {processes(ranks)} a node: {1e-9 / seconds:.1f} GFLOP/s each, "
                      f"{1000 * found.fixed_s:.1f} ms whatever the batch")  # fmt: skip
     if report.mfu is not None:
-        lines.append(f"- MFU while computing: {report.mfu:.3f} in the median over points (for plan.py --mfu)")
+        lines.append(f"- MFU while computing: {report.mfu:.3f} of the bf16 peak, the median over points (for plan.py)")
     for key, link, source in report.links:
         place = {"inside": "inside a node", "between": "between nodes"}[key]
         lines.append(f"- link {place}: {link_text(link)} ({source})")

@@ -8,7 +8,8 @@ when the device has passed its end, some steps later.
 Of an asynchronous collective only the wait for it counts. One on a stream of its own (DeepSpeed's reduction beside the
 backward pass, its gathers ahead of the forward pass) counts from where the main stream has no more work to where it may
 go on: what it waits in `wait_stream`, and where it runs dry while the host waits in `synchronize` of a stream, of the
-device, or of an event, with which DeepSpeed at stage 3 bounds what is under way.
+device, or of an event, with which DeepSpeed at stage 3 bounds what is under way. Not seen: `wait_event`, as at stages 1
+and 2 with an offloaded optimizer. What a stream does behind its collective counts as it until all of it was waited for.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class StepClock:
         self._step = -1
         self._calls: dict[str, Counter[str]] = {}
         self._places: list[_Place] = []
+        self._held = False
         self._beside: dict[Hashable, str] = {}  # streams whose collectives were not waited for yet -> kind of the last
         self._past: deque[tuple[int, list[_Place], dict[str, Counter[str]]]] = deque()
 
@@ -147,11 +149,15 @@ class StepClock:
 
     @contextmanager
     def _held_up(self, kind: str) -> Iterator[None]:
+        if self._held:  # a wait within a wait is part of it
+            yield
+            return
         place = self._places[-1] if self._places else None
-        begin = self._stamps.now()
+        begin, self._held = self._stamps.now(), True
         try:
             yield
         finally:
+            self._held = False
             if place is not None:
                 place.waits.append((kind, begin, self._stamps.now()))
 

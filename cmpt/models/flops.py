@@ -82,7 +82,7 @@ PEAK_BF16 = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """None for other devices, whose MFU is then unknown; H100 NVL is one of them."""
+    """None for other devices, whose MFU is then unknown; H100 NVL and H200 NVL are among them."""
     if "NVL" in device_name:
         return None
     return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -126,11 +127,15 @@ def peak_resident_bytes() -> int:
     """Of this process. On Linux ru_maxrss would not do: it outlives exec, and so is never below what the process that
     started this one had."""
     if sys.platform == "linux":
-        return proc_bytes("self/status", "VmHWM")
+        with suppress(OSError):
+            return proc_bytes("self/status", "VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def proc_bytes(file: str, name: str) -> int:
-    """Of a row in kB of a file under /proc (Linux)."""
+    """Of a row in kB of a file under /proc (Linux). Raises OSError where there is none."""
     rows = (Path("/proc") / file).read_text().splitlines()
-    return int(next(row for row in rows if row.startswith(f"{name}:")).split()[1]) * 1024
+    found = [int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{name}:")]
+    if not found:
+        raise OSError(f"/proc/{file} has no row {name}")
+    return found[0]

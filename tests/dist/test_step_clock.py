@@ -140,6 +140,18 @@ def test_after_a_wait_for_some_of_a_stream_the_rest_is_waited_for_too(hands: Han
     assert spent.waits["gradient"] == {"parameters": 0.75} and spent.places["gradient"] == 0.0
 
 
+def test_a_wait_within_a_wait_counts_once(hands: Hands) -> None:
+    clock = StepClock(hands)
+    clock.at("gradient", 0)
+    begin_beside(clock, hands, "gathers", "parameters")
+    with clock.waiting("features"), clock.joining("gathers"):
+        hands.time += 1.0
+    collective(clock, hands, "gradients", 0.5)
+    clock.at("data", 1)
+    (spent,) = clock.take()
+    assert spent.waits["gradient"] == {"features": 1.0, "gradients": 0.5} and spent.places["gradient"] == 0.0
+
+
 def test_a_wait_for_the_whole_device_is_a_wait_for_every_stream(hands: Hands) -> None:
     clock = StepClock(hands)
     clock.at("gradient", 0)

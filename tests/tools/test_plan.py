@@ -134,7 +134,9 @@ def test_an_offloaded_optimizer_is_as_fast_as_the_host(capsys: pytest.CaptureFix
     main([*SMALL, "engine.offload_optimizer=true"])
     told = capsys.readouterr().out
     assert "on the host: stepped elements x (8 bytes / PCIe's 64 GB/s" in told
-    assert "28 bytes / a GPU's share of 300 GB/s of host memory (assumed; --host-memory-gb-per-s)" in told
+    assert (
+        "28 bytes (a fused AdamW) / a GPU's share of 300 GB/s of host memory (assumed; --host-memory-gb-per-s)" in told
+    )
 
 
 def test_fp32_has_no_tensor_cores() -> None:
@@ -146,7 +148,14 @@ def test_fp32_has_no_tensor_cores() -> None:
 
 
 def test_links_of_another_device_are_warned_of(tmp_path: Path) -> None:
-    assert "--fit was measured on AMD EPYC, not on h100" in said(fit_file(tmp_path / "fit.json", device="AMD EPYC"))
+    for device in ("AMD EPYC", "NVIDIA H100 PCIe"):
+        fit = fit_file(tmp_path / "fit.json", device=device)
+        assert f"--fit was measured on {device}, not on this h100" in said(fit)
+    given = ("--mfu=0.3", "--nvlink-gb-per-s=400", "--network-gbit-per-node=3200")
+    assert "--fit was measured" not in said(fit, *given), "nothing is taken from it but latencies"
+    with pytest.raises(ValueError, match="its MFU is a share of the bf16 peak"):
+        job(fit, "engine.precision=fp32")
+    assert job(fit, "engine.precision=fp32", "--mfu=0.3").machine.flops_per_s == 0.3 * 67e12
     assert "--fit was measured" not in said(fit_file(tmp_path / "fit.json")) + said()
 
 
