@@ -31,8 +31,9 @@ LATENCY_INSIDE_S, LATENCY_BETWEEN_S = 5e-6, 10e-6
 """Assumed, per round of a collective; tools/bench_collectives.py measures them."""
 ADAMW_BYTES = 7 * FP32
 """Per element: AdamW reads weight, gradient and two moments and writes all but the gradient."""
-OFFLOAD_BYTES = 2 * FP32
-"""Per element: an optimizer on the host gets the gradient from the GPU and gives the weight back."""
+OFFLOAD_BYTES = {1: 2 * FP32, 2: 2 * FP32, 3: 4 * FP32}
+"""Per element, by stage: an optimizer on the host gets the gradient and gives the weight back. At stage 3 the gradient
+goes up again for its norm, and back."""
 FEATURE_CALLS, CONTROL_CALLS = 2, 2
 """Of a step, whatever the stage: the gather of embeddings and of its gradient; the sum of counts (engine/counts.py, on
 GPUs through gloo) and that of the loss and the norms (engine/sharded.py)."""
@@ -89,9 +90,10 @@ class Cluster:
         per_element = ADAMW_BYTES / self.gpu.memory_bytes_per_s
         if engine.offload_optimizer:
             of_gpu = self.host_memory_bytes_per_s / self.gpus_per_node
-            per_element = OFFLOAD_BYTES / self.gpu.host_bytes_per_s + ADAMW_BYTES / of_gpu
+            per_element = OFFLOAD_BYTES[engine.zero_stage] / self.gpu.host_bytes_per_s + ADAMW_BYTES / of_gpu
         return Machine(
             flops_per_s=self.gpu.peak_flops(engine.precision) * self.mfu,
+            loss_flops_per_s=self.gpu.peak_fp32_flops * self.mfu,
             optimizer_elements_per_s=1 / per_element,
             inside=self.inside.link,
             between=self.between.link,

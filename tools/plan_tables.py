@@ -152,7 +152,7 @@ def time(job: Job) -> Table:
     hours, price = job.hours * job.world_size, cluster.price_per_gpu_hour
     hows = {
         "compute": f"tower FLOPs of a GPU / ({peak} (data sheet) x MFU {cluster.mfu:.3g})",
-        "loss": "FLOPs of a GPU's rows of logits / the same",
+        "loss": f"FLOPs of a GPU's rows of logits / ({gpu.peak_fp32_flops / 1e12:g} TFLOP/s fp32 (data sheet) x MFU)",
         "optimizer": f"stepped elements x {ADAMW_BYTES} bytes / {gpu.memory_bytes_per_s / 1e12:g} TB/s (data sheet)",
         "features": "bytes below / link, and latency; nothing is taken as hidden by compute",
         "stragglers": "not in the plan: a fitted machine has them",
@@ -160,8 +160,9 @@ def time(job: Job) -> Table:
     }
     if engine.offload_optimizer:
         pcie, memory = gpu.host_bytes_per_s / 1e9, cluster.host_memory_bytes_per_s / 1e9
+        moved = OFFLOAD_BYTES[engine.zero_stage]
         hows["optimizer"] = (
-            f"on the host: stepped elements x ({OFFLOAD_BYTES} bytes / PCIe's {pcie:g} GB/s (data sheet; assumed "
+            f"on the host: stepped elements x ({moved} bytes / PCIe's {pcie:g} GB/s (data sheet; assumed "
             f"reached) + {ADAMW_BYTES} bytes (a fused AdamW) / a GPU's share of {memory:g} GB/s of host memory "
             f"({cluster.how('--host-memory-gb-per-s')}))"
         )

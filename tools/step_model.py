@@ -3,7 +3,7 @@
 The one model behind `plan.py` (machines from data sheets) and `scaling.py` (machines fitted to measured points):
 
     compute     tower FLOPs of the rank / FLOP/s that it reaches, and what a step costs whatever its size
-    loss        FLOPs of the rank's rows of logits / the same rate; with B pairs a rank they grow with the world
+    loss        FLOPs of the rank's rows of logits / their rate; with B pairs a rank they grow with the world
     optimizer   elements that the rank steps / elements per second, and a part that does not depend on them
     features, gradients, parameters, control
                 the collectives of each kind (cmpt/dist/traffic.py) as far as compute does not hide them: for every call
@@ -77,6 +77,8 @@ class Machine:
     """Between nodes."""
     fixed_s: float = 0.0
     """Of compute, whatever the batch."""
+    loss_flops_per_s: float | None = None
+    """None: as the towers."""
     sharded_s: float = 0.0
     """More of compute with several ranks, which a stage of ZeRO shards between them."""
     optimizer_fixed_s: float = 0.0
@@ -102,7 +104,7 @@ def step_terms(work: Work, machine: Machine) -> dict[str, float]:
     optimizer = machine.optimizer_fixed_s + several * machine.optimizer_sharded_s
     terms = {
         "compute": compute,
-        "loss": work.loss_flops / machine.flops_per_s,
+        "loss": work.loss_flops / (machine.loss_flops_per_s or machine.flops_per_s),
         "optimizer": optimizer + work.stepped_elements / machine.optimizer_elements_per_s,
     }
     hides = BACKWARD_SHARE * compute  # the loss hides nothing: it stands between the towers' passes

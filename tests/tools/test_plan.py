@@ -131,6 +131,8 @@ def test_an_offloaded_optimizer_is_as_fast_as_the_host(capsys: pytest.CaptureFix
     expected = elements * (8 / 64e9 + 28 / (200e9 / 4))
     assert on_host.phase_plans[0].terms["optimizer"] == pytest.approx(expected)
     assert on_gpu.phase_plans[0].terms["optimizer"] == pytest.approx(elements * 28 / 3.35e12)
+    third = job("engine.offload_optimizer=true", "engine.zero_stage=3", "--host-memory-gb-per-s=200")
+    assert third.phase_plans[0].terms["optimizer"] == pytest.approx(expected + elements * 8 / 64e9)
     main([*SMALL, "engine.offload_optimizer=true"])
     told = capsys.readouterr().out
     assert "on the host: stepped elements x (8 bytes / PCIe's 64 GB/s" in told
@@ -140,7 +142,10 @@ def test_an_offloaded_optimizer_is_as_fast_as_the_host(capsys: pytest.CaptureFix
 
 
 def test_fp32_has_no_tensor_cores() -> None:
+    """Logits are fp32 in every precision."""
     bf16, fp32 = job(), job("engine.precision=fp32")
+    assert fp32.phase_plans[0].terms["loss"] == bf16.phase_plans[0].terms["loss"]
+    assert bf16.machine.loss_flops_per_s == fp32.machine.flops_per_s == pytest.approx(67e12 * bf16.cluster.mfu)
     times = fp32.phase_plans[0].terms["compute"] / bf16.phase_plans[0].terms["compute"]
     assert times == pytest.approx(989 / 67)
     assert "67 TFLOP/s at most, where bf16 has 989; the MFU is one of bf16" in said("engine.precision=fp32")
