@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -18,6 +19,7 @@ from cmpt.dist import traffic
 
 T = TypeVar("T")
 _BEAT_S = 30.0
+_LAST_WORK_S = 0.2
 
 
 def start(timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
@@ -42,8 +44,11 @@ def start(timeout_minutes: float = 10) -> tuple[int, int, torch.device]:
 
 
 def stop() -> None:
+    """Also gives gloo's threads time to free the tensors of their last work, for which they need the GIL: one that asks for
+    it when the interpreter has begun to end is taken to be what was seen to abort finished processes, rarely."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(_LAST_WORK_S)
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
