@@ -142,22 +142,10 @@ def daly_interval_s(stall_s: float, mtbf_s: float) -> float:
     return young_interval_s(stall_s, mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
 
 
-def daly_wall_s(faults: Faults, interval_s: float) -> float:
-    """Expected wall seconds: M e^(R/M) (e^((tau + C)/M) - 1) T / tau (Daly 2006, section 3); without faults, T and
-    its stalls. An interval that is longer than the run is as long as the run."""
-    interval_s = min(interval_s, faults.work_s)
-    mtbf, period = faults.mtbf_s, interval_s + faults.stall_s
-    if math.isinf(mtbf):
-        return faults.work_s * period / interval_s
-    if (period + faults.restart_s) / mtbf > 500:
-        return math.inf
-    return mtbf * math.exp(faults.restart_s / mtbf) * math.expm1(period / mtbf) * faults.work_s / interval_s
-
-
 def expected_wall_s(faults: Faults, interval_s: float) -> float:
-    """Daly's, with a restart that is longer by the repair that is waited for and by write_s - stall_s: k intervals are
-    kept where a fault comes after k periods and that time, which is e^(-(W - C)/M) times as likely as without it. The
-    last interval has no checkpoint.
+    """Seconds: M e^(R/M) (e^((tau + C)/M) - 1) T / tau (Daly 2006, section 3), with a restart that is longer by the
+    repair that is waited for and by write_s - stall_s: k intervals are kept where a fault comes after k periods and
+    that time, which is e^(-(W - C)/M) times as likely as without it. The last interval has no checkpoint.
 
     Fewer nodes or stragglers count by the mean speed, which is no more than near.
     """

@@ -17,7 +17,6 @@ from scaling_faults import (
     Faults,
     as_good,
     daly_interval_s,
-    daly_wall_s,
     effective,
     expected_wall_s,
     play,
@@ -29,6 +28,18 @@ from scaling_faults import (
 from scaling_simulate import USER_ERROR, main
 
 PLAIN = Faults(work_s=30 * DAY_S, nodes=100, node_mtbf_s=2000 * HOUR_S, stall_s=60, write_s=60, restart_s=300)
+
+
+def daly_wall_s(faults: Faults, interval_s: float) -> float:
+    """Expected wall seconds: M e^(R/M) (e^((tau + C)/M) - 1) T / tau (Daly 2006, section 3); without faults, T and
+    its stalls. An interval that is longer than the run is as long as the run."""
+    interval_s = min(interval_s, faults.work_s)
+    mtbf, period = faults.mtbf_s, interval_s + faults.stall_s
+    if math.isinf(mtbf):
+        return faults.work_s * period / interval_s
+    if (period + faults.restart_s) / mtbf > 500:
+        return math.inf
+    return mtbf * math.exp(faults.restart_s / mtbf) * math.expm1(period / mtbf) * faults.work_s / interval_s
 
 
 def mean_wall_s(faults: Faults, interval_s: float, count: int = 100) -> float:
